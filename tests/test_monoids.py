@@ -1,0 +1,620 @@
+"""What monoids.py promises: each fast path beside a slow and obvious one, in values and in gradients.
+
+Shapes: T rows, B parallel sequences, D features. Everything is in float64 or complex128 unless a test says otherwise.
+"""
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import monoids
+from monoids import MEMORIES, Affine, Monoid, discounted_return, gae, linear_recurrence, resettable, scan, tree_map
+
+# scan halves, linear_recurrence cuts into blocks of 8: powers of both, and what lies beside them
+LENGTHS = [1, 2, 3, 7, 8, 9, 31, 32, 33, 63, 64, 65, 72, 73, 100, 512, 513]
+SHORT = [1, 2, 3, 8, 9, 33, 65]
+REAL, COMPLEX = torch.float64, torch.complex128
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Helpers
+
+
+def normal(*shape, mean=0.0, std=1.0, dtype=REAL):
+    return (mean + std * torch.randn(*shape, dtype=dtype)).requires_grad_()
+
+
+def starts(*shape, p=0.3):
+    return torch.rand(*shape) < p
+
+
+def leaves(tree):
+    return [x for branch in tree for x in leaves(branch)] if isinstance(tree, (tuple, list)) else [tree]
+
+
+def differentiable(tree):
+    return [x for x in leaves(tree) if x.requires_grad]
+
+
+def same(fast, slow, inputs, **tolerance):
+    """Equal structure, shapes, dtypes and values; and equal gradients of one random projection."""
+    assert_close(fast, slow, **tolerance)
+    projection = [torch.randn_like(y) for y in differentiable(slow)]
+    gradients = [
+        torch.autograd.grad(differentiable(y), inputs, projection, retain_graph=True, materialize_grads=True)
+        for y in (fast, slow)
+    ]
+    assert_close(*gradients, **tolerance)
+
+
+def episodes(start):
+    """(T,) -> the slices of rows that hold one episode each. Row 0 begins one, whether it says so or not."""
+    cuts = [0, *(t for t in range(1, len(start)) if start[t]), len(start)]
+    return [slice(*ends) for ends in zip(cuts, cuts[1:])]
+
+
+def alone(run, elements, start):
+    """`run` on each episode by itself, laid end to end again: elements (T, B, ...), start (T, B) -> (T, B, ...)."""
+    columns = []
+    for b in range(start.shape[1]):
+        pieces = [run(tree_map(lambda x: x[rows, b : b + 1], elements)) for rows in episodes(start[:, b])]
+        columns.append(tree_map(lambda *p: torch.cat(p), *pieces))
+    return tree_map(lambda *c: torch.cat(c, 1), *columns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Monoids and their scan
+
+
+class MatrixProduct(Monoid):
+    """Square matrices (..., n, n): does not commute."""
+
+    def identity(self, like):
+        return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like)
+
+    def op(self, left, right):
+        return left @ right
+
+
+class Max(Monoid):
+    def identity(self, like):
+        return torch.full_like(like, -math.inf)
+
+    def op(self, left, right):
+        return torch.maximum(left, right)
+
+
+class Latest(Monoid):
+    """The last value that was there: (value, there), of int64 and bool, value 0 where nothing is there. Does not commute."""
+
+    def identity(self, like):
+        return tree_map(torch.zeros_like, like)
+
+    def op(self, left, right):
+        (value, there), (value2, there2) = left, right
+        return torch.where(there2, value2, value), there | there2
+
+
+class Pair(Monoid):
+    """Two monoids side by side: a nested tuple, ((a, b), sum)."""
+
+    def identity(self, like):
+        return Affine().identity(like[0]), torch.zeros_like(like[1])
+
+    def op(self, left, right):
+        return Affine().op(left[0], right[0]), left[1] + right[1]
+
+
+def affine(*lead, dtype=REAL):
+    return normal(*lead, 3, mean=1, std=0.3, dtype=dtype), normal(*lead, 3, dtype=dtype)
+
+
+def latest(*lead):
+    there = starts(*lead, p=0.5)
+    return torch.where(there, torch.randint(1, 100, lead), 0), there
+
+
+MONOIDS = {  # name: (monoid, leading dimensions -> random elements)
+    "affine": (Affine(), affine),
+    "affine_complex": (Affine(), lambda *lead: affine(*lead, dtype=COMPLEX)),
+    "matrix_product": (MatrixProduct(), lambda *lead: normal(*lead, 2, 2)),
+    "max": (Max(), lambda *lead: normal(*lead, 3)),
+    "latest": (Latest(), latest),
+    "pair": (Pair(), lambda *lead: (affine(*lead), normal(*lead, 2, 2))),
+}
+each_monoid = pytest.mark.parametrize("name", MONOIDS)
+
+
+def chain(monoid, elements, reverse=False):
+    """scan, one row after the other."""
+    T = len(leaves(elements)[0])
+    row = lambda t: tree_map(lambda x: x[t], elements)
+    if reverse:
+        out = [row(T - 1)]
+        for t in range(T - 2, -1, -1):
+            out.insert(0, monoid.op(out[0], row(t)))  # (x_{T-1} • ... • x_{t+1}) • x_t
+    else:
+        out = [row(0)]
+        for t in range(1, T):
+            out.append(monoid.op(out[-1], row(t)))  # (x_0 • ... • x_{t-1}) • x_t
+    return tree_map(lambda *rows: torch.stack(rows), *out)
+
+
+@each_monoid
+@pytest.mark.parametrize("resets", [(), ((64,),), ((64, 2),), ((64, 2), (64,))], ids=str)
+def test_laws(name, resets):
+    monoid, make = MONOIDS[name]
+    a, b, c = make(64, 2), make(64, 2), make(64, 2)
+    for shape in resets:  # none, one or two start flags around the elements
+        monoid = resettable(monoid)
+        a, b, c = [(x, starts(*shape, p=0.5)) for x in (a, b, c)]
+    assert_close(monoid.op(monoid.op(a, b), c), monoid.op(a, monoid.op(b, c)))
+    assert_close(monoid.op(monoid.identity(a), a), a)
+    assert_close(monoid.op(a, monoid.identity(a)), a)
+
+
+@each_monoid
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("T", LENGTHS)
+def test_scan_is_the_chain(name, T, reverse):
+    monoid, make = MONOIDS[name]
+    elements = make(T, 2)
+    same(scan(monoid, elements, reverse), chain(monoid, elements, reverse), differentiable(elements))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("T", [1, 2, 33])
+def test_scan_keeps_the_dtype(T, dtype):
+    elements = affine(T, dtype=dtype)
+    same(scan(Affine(), elements), chain(Affine(), elements), elements, rtol=1e-4, atol=1e-4)
+
+
+class Counting(Monoid):
+    def __init__(self):
+        self.calls = self.products = 0
+
+    def op(self, left, right):
+        self.calls += 1
+        self.products += len(right)
+        return left + right
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("T", [*LENGTHS, 4096, 5000])
+def test_scan_needs_few_steps_and_little_work(T, reverse):
+    monoid = Counting()
+    assert_close(scan(monoid, torch.ones(T), reverse).sum(), torch.tensor(T * (T + 1) / 2))
+    assert monoid.calls <= 2 * math.ceil(math.log2(T)) + 1  # a loop would need T - 1
+    assert monoid.products < 2 * T  # recursive doubling would need T log2(T)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scan_needs_a_row(reverse):
+    with pytest.raises(ValueError, match="at least one row"):
+        scan(Affine(), (torch.ones(0, 2), torch.ones(0, 2)), reverse)
+
+
+@each_monoid
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("T", LENGTHS)
+def test_resettable_scans_each_episode_alone(name, T, batched):
+    monoid, make = MONOIDS[name]
+    elements = make(T, 2)
+    start = starts(T, 2) if batched else starts(T)  # (T, B) or (T,)
+    fast, seen = scan(resettable(monoid), (elements, start))
+    flags = start if batched else start[:, None].expand(T, 2)
+    same(fast, alone(lambda x: chain(monoid, x), elements, flags), differentiable(elements))
+    assert_close(seen, start.cummax(0).values)
+
+
+@pytest.mark.parametrize("name", [name for name in MONOIDS if name != "latest"])
+@pytest.mark.parametrize("listen", [0.0, 1.0])
+def test_resettable_keeps_nan_in_its_episode(name, listen):
+    """Rows 5 to 11 are one episode, of NaN. `listen` is the gradient that its outputs get: 0 * NaN is NaN as well."""
+    monoid, make = MONOIDS[name]
+    clean = make(16, 2)
+    start = torch.isin(torch.arange(16), torch.tensor([5, 12]))
+    bad = (torch.arange(16) >= 5) & (torch.arange(16) < 12)
+    poison = lambda x: x.detach().index_fill(0, bad.nonzero()[:, 0], math.nan).requires_grad_() if x.requires_grad else x
+    listened = torch.where(bad, listen, 1.0).to(REAL)
+
+    def run(elements):
+        results = differentiable(scan(resettable(monoid), (elements, start))[0])
+        loss = sum(torch.einsum("t,t...->", listened.to(y.dtype), y).real for y in results)
+        return [y[~bad] for y in (*results, *torch.autograd.grad(loss, differentiable(elements)))]
+
+    assert_close(run(tree_map(poison, clean)), run(clean))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fast path of the affine monoid
+
+
+def recurrence(decay, x, initial=None, reverse=False):
+    """linear_recurrence, one row after the other."""
+    decay = decay.expand(x.shape)
+    h = torch.zeros_like(x[0]) if initial is None else initial
+    out = [None] * len(x)
+    for t in range(len(x))[:: -1 if reverse else 1]:
+        h = out[t] = decay[t] * h + x[t]
+    return torch.stack(out)
+
+
+def general(decay, x, initial=None, reverse=False):
+    """linear_recurrence by the general path: `initial` is a row before the first, and a zero decay starts an episode."""
+    decay = decay.expand(x.shape).to(torch.promote_types(decay.dtype, x.dtype))
+    initial = torch.zeros_like(x[0]) if initial is None else initial.expand(x.shape[1:])
+    rows = lambda first, rest: torch.cat((rest, first[None]) if reverse else (first[None], rest))  # (T + 1, ...)
+    decay, x = rows(torch.zeros_like(decay[0]), decay), rows(initial, x)
+    h = scan(resettable(Affine()), ((decay, x), decay == 0), reverse)[0][1]
+    return h[:-1] if reverse else h[1:]
+
+
+def sized(letters, T):
+    """ "T1D" -> (T, 1, D)"""
+    return [{"T": T, "B": 2, "D": 3}.get(letter, 1) for letter in letters]
+
+
+KINDS = {"real": (REAL, REAL), "real_complex": (REAL, COMPLEX), "complex_real": (COMPLEX, REAL), "complex": (COMPLEX, COMPLEX)}
+each_kind = pytest.mark.parametrize("kind", KINDS)  # of decay and of x
+each_decay = pytest.mark.parametrize("decay", ["", "D", "T1D", "TB1", "1BD", "TBD"])  # shapes; x is TBD
+either_way = pytest.mark.parametrize("reverse", [False, True])
+
+
+@each_kind
+@either_way
+@pytest.mark.parametrize("T", LENGTHS)
+def test_recurrence_is_the_loop(T, reverse, kind):
+    decay, x = [normal(T, 2, 3, std=0.7, dtype=dtype) for dtype in KINDS[kind]]
+    initial = normal(2, 3, dtype=x.dtype)
+    inputs = decay, x, initial
+    same(linear_recurrence(*inputs, reverse), recurrence(*inputs, reverse), inputs)
+
+
+@each_kind
+@each_decay
+@either_way
+@pytest.mark.parametrize("initial", [None, "", "D", "B1", "BD"])
+@pytest.mark.parametrize("T", [1, 11])
+def test_recurrence_broadcasts(T, initial, decay, reverse, kind):
+    inputs = [normal(*sized(shape, T), dtype=dtype) for shape, dtype in zip((decay, "TBD"), KINDS[kind])]
+    if initial is not None:
+        inputs.append(normal(*sized(initial, T), dtype=inputs[1].dtype))
+    same(linear_recurrence(*inputs, reverse=reverse), recurrence(*inputs, reverse=reverse), inputs)
+
+
+@either_way
+@pytest.mark.parametrize("T", LENGTHS)
+def test_recurrence_with_decays_of_exactly_zero_and_one(T, reverse):
+    decay = torch.randint(0, 2, (T, 2, 3)).to(REAL).requires_grad_()
+    inputs = decay, normal(T, 2, 3), normal(2, 3)
+    same(linear_recurrence(*inputs, reverse), recurrence(*inputs, reverse), inputs)
+
+
+@either_way
+@pytest.mark.parametrize("T", LENGTHS)
+def test_recurrence_of_one_sequence(T, reverse):
+    inputs = normal(T), normal(T), normal()  # x (T,), initial ()
+    same(linear_recurrence(*inputs, reverse), recurrence(*inputs, reverse), inputs)
+
+
+@each_kind
+@each_decay
+@either_way
+@pytest.mark.parametrize("initial", [None, "BD"])
+def test_recurrence_gradcheck(initial, decay, reverse, kind):
+    T = 9  # one block and one row
+    inputs = [normal(*sized(shape, T), dtype=dtype) for shape, dtype in zip((decay, "TBD"), KINDS[kind])]
+    if initial is not None:
+        inputs.append(normal(*sized(initial, T), dtype=inputs[1].dtype))
+    assert torch.autograd.gradcheck(lambda *inputs: linear_recurrence(*inputs, reverse=reverse), inputs)
+
+
+@each_kind
+@either_way
+@pytest.mark.parametrize("decay", [(), (1,), (9, 1, 1)], ids=str)
+def test_recurrence_gradgradcheck(decay, reverse, kind):
+    inputs = [normal(*shape, dtype=dtype) for shape, dtype in zip((decay, (9, 1, 1)), KINDS[kind])]
+    inputs.append(normal(1, 1, dtype=inputs[1].dtype))
+    assert torch.autograd.gradgradcheck(lambda *inputs: linear_recurrence(*inputs, reverse=reverse), inputs)
+
+
+@either_way
+def test_recurrence_under_func_grad(reverse):
+    inputs = normal(33, 2), normal(33, 2), normal(2)
+    loss = lambda path: lambda *inputs: path(*inputs, reverse=reverse).square().sum()
+    assert_close(
+        torch.func.grad(loss(linear_recurrence), (0, 1, 2))(*inputs),
+        torch.autograd.grad(loss(recurrence)(*inputs), inputs),
+    )
+
+
+@pytest.mark.parametrize("single", [(torch.float32,) * 2, (torch.float32, torch.complex64), (torch.complex64,) * 2], ids=str)
+@either_way
+def test_recurrence_keeps_single_precision(reverse, single):
+    decay, x = [normal(100, 2, 3, std=0.7, dtype=dtype) for dtype in single]
+    initial = normal(2, 3, dtype=x.dtype)
+    inputs = decay, x, initial
+    same(linear_recurrence(*inputs, reverse), recurrence(*inputs, reverse), inputs, rtol=1e-4, atol=1e-4)
+
+
+@either_way
+@pytest.mark.parametrize("T", [1, 8, 9, 65])
+def test_recurrence_of_views(T, reverse):
+    """Lazy conjugates, transposed and repeated memory come out right, and nothing that is handed in gets written to."""
+    base = normal(2, T, 3, dtype=COMPLEX), normal(2, T, 3, dtype=COMPLEX), normal(3, dtype=COMPLEX)
+    before = [x.detach().clone() for x in base]
+    decay, x, initial = base[0].conj().transpose(0, 1), base[1].conj().transpose(0, 1), base[2].conj().expand(2, 3)
+    copies = [x.resolve_conj().contiguous() for x in (decay, x, initial)]
+    same(linear_recurrence(decay, x, initial, reverse), recurrence(*copies, reverse), base)
+    assert_close([x.detach() for x in base], before, rtol=0, atol=0)
+
+
+@each_kind
+@either_way
+@pytest.mark.parametrize("T", SHORT)
+def test_recurrence_is_the_scan(T, reverse, kind):
+    dtype = torch.promote_types(*KINDS[kind])
+    decay, x = [normal(T, 2, 3, std=0.7, dtype=dtype) for dtype in KINDS[kind]]
+    start = starts(T, 2)
+    elements = decay.to(dtype), x.to(dtype)
+    same(linear_recurrence(decay, x, reverse=reverse), scan(Affine(), elements, reverse)[1], [decay, x])
+    reset = torch.where(start[..., None], 0, decay)
+    slow = scan(resettable(Affine()), (elements, start), reverse)[0][1]
+    same(linear_recurrence(reset, x, reverse=reverse), slow, [decay, x])
+
+
+@each_decay
+@either_way
+@pytest.mark.parametrize("T", [100, 5000])
+def test_recurrence_saves_its_decay_and_its_output(T, reverse, decay):
+    """However long time is: the scan, differentiated by autograd, would save every product of its tree."""
+    decay, x, initial = normal(*sized(decay, T)), normal(T, 2, 3), normal(2, 3)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.nbytes) or x, lambda x: x):
+        linear_recurrence(decay, x, initial, reverse)
+    assert 0 < sum(saved) <= decay.nbytes + x.nbytes + initial.nbytes
+
+
+def test_recurrence_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="at least one row"):
+        linear_recurrence(torch.ones(2), torch.ones(0, 2))
+    for decay, initial in [((4,), (3,)), ((4, 3), (3,)), ((3,), (4,)), ((5, 1, 3), (3,)), ((3,), (1, 3))]:
+        with pytest.raises(RuntimeError):
+            linear_recurrence(torch.ones(decay), torch.ones(5, 3), torch.ones(initial))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Returns and advantages
+
+
+def slow_return(gamma, reward, done, next_value=None):
+    next_value = torch.zeros_like(reward) if next_value is None else next_value
+    G = [reward[-1] + gamma * next_value[-1]]
+    for t in range(len(reward) - 2, -1, -1):
+        G.insert(0, reward[t] + gamma * torch.where(done[t], next_value[t], G[0]))
+    return torch.stack(G)
+
+
+def slow_gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
+    terminated = done if terminated is None else terminated
+    A = [torch.zeros_like(reward[0])]
+    for t in range(len(reward) - 1, -1, -1):
+        delta = reward[t] + gamma * (1 - terminated[t].to(REAL)) * next_value[t] - value[t]
+        A.insert(0, delta + gamma * lmbda * (1 - done[t].to(REAL)) * A[0])
+    return torch.stack(A[:-1])
+
+
+each_tape = pytest.mark.parametrize("shape", [(T, *lead) for T in SHORT for lead in [(), (3,)]], ids=str)  # (T,) or (T, N)
+each_end = pytest.mark.parametrize("last", [False, True])  # is the last row done, or does its episode go on?
+
+
+def ends(shape, last):
+    """done, and where of these rows an episode terminated: the others were truncated."""
+    done = starts(*shape)
+    done[-1] = last
+    return done, done & starts(*shape, p=0.5)
+
+
+@each_tape
+@each_end
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_discounted_return_is_the_loop(shape, last, bootstrap):
+    done, _ = ends(shape, last)
+    gamma = normal(*shape[1:], mean=0.9, std=0.01)  # one a sequence
+    inputs = [gamma, normal(*shape)] + [normal(*shape)] * bootstrap
+    run = lambda path: path(*inputs[:2], done, *inputs[2:])
+    same(run(discounted_return), run(slow_return), inputs)
+    general = scan(
+        resettable(Affine()), ((gamma.expand(shape), discounted_return(gamma, inputs[1], done)), done), reverse=True
+    )
+    assert general[0][1].shape == shape
+
+
+@each_tape
+@each_end
+@pytest.mark.parametrize("truncates", [False, True])
+def test_gae_is_the_loop(shape, last, truncates):
+    done, terminated = ends(shape, last)
+    inputs = [normal(*shape) for _ in range(3)]  # value, next_value, reward
+    flags = (done, terminated) if truncates else (done,)
+    same(gae(0.9, 0.8, *inputs, *flags), slow_gae(0.9, 0.8, *inputs, *flags), inputs)
+
+
+@each_tape
+@each_end
+def test_next_value_is_not_read_where_nothing_bootstraps(shape, last):
+    done, terminated = ends(shape, last)
+    value, next_value, reward = [normal(*shape) for _ in range(3)]
+    bootstraps = done.index_fill(0, torch.tensor(len(done) - 1), True)
+    for path, reads in [
+        (lambda v: discounted_return(0.9, reward, done, v), bootstraps),
+        (lambda v: gae(0.9, 0.8, value, v, reward, done, terminated), ~terminated),
+    ]:
+        holes = torch.where(reads, next_value, math.nan).detach().requires_grad_()
+        assert_close(path(holes), path(next_value))
+        gradient = lambda v: torch.autograd.grad(path(v).sum(), [v, reward])
+        assert_close(gradient(holes), gradient(next_value))
+
+
+def test_discounted_return_by_hand():
+    reward = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    done = torch.tensor([False, True, False, False, False])
+    next_value = torch.tensor([9.0, 0.0, 9.0, 9.0, 8.0])  # the first episode is over, the second is worth 8 from here on
+    assert_close(discounted_return(0.5, reward, done, next_value), torch.tensor([2.0, 2.0, 7.25, 8.5, 9.0]))
+    assert_close(discounted_return(0.5, reward, done), torch.tensor([2.0, 2.0, 6.25, 6.5, 5.0]))
+
+
+def test_gae_by_hand():
+    value = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    next_value = torch.tensor([2.0, 10.0, 4.0, 6.0])
+    reward = torch.tensor([1.0, 1.0, 1.0, 2.0])
+    done = torch.tensor([False, True, False, True])
+    terminated = torch.tensor([False, True, False, False])  # the second episode was truncated
+    # delta = 1 + 1 - 1, 1 - 2, 1 + 2 - 3, 2 + 3 - 4
+    advantage = gae(0.5, 0.5, value, next_value, reward, done, terminated)
+    assert_close(advantage, torch.tensor([0.75, -1.0, 0.25, 1.0]))
+    advantage = gae(0.5, 0.5, value, next_value, reward, done)  # the last delta is then 2 - 4
+    assert_close(advantage, torch.tensor([0.75, -1.0, -0.5, -2.0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory models
+
+D = 4
+SIZES = {  # a new memory is tested with its defaults
+    "lru": dict(d_state=5),
+    "s5": dict(d_state=4, blocks=2),
+    "ffm": dict(num_traces=3, num_frequencies=2, horizon=16),
+    "linear_transformer": dict(num_heads=2, d_key=4, d_value=3),
+    "gru": dict(d_state=5),
+}
+each_memory = pytest.mark.parametrize("name", MEMORIES)
+
+
+def memory_of(name, dtype=REAL):
+    return MEMORIES[name](D, **SIZES.get(name, {})).to(dtype)
+
+
+def used_state(memory, B):
+    """The state that some rows leave behind: garbage to an episode that starts, all there is to one that goes on."""
+    _, state = memory(torch.randn(5, B, D, dtype=REAL), memory.initial_state(B), starts(5, B))
+    return tree_map(lambda h: h.detach().requires_grad_(), state)
+
+
+def cut(memory, x, state, start, cuts):
+    """The memory fed in pieces, its state carried over."""
+    y = []
+    for a, b in zip([0, *cuts], [*cuts, len(x)]):
+        piece, state = memory(x[a:b], state, start[a:b])
+        y.append(piece)
+    return torch.cat(y), state
+
+
+@each_memory
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("T", [1, 2, 9])
+def test_memory_keeps_the_contract(name, T, B, dtype):
+    memory = memory_of(name, dtype)
+    state = memory.initial_state(B)
+    x = normal(T, B, D, dtype=dtype)
+    y, after = memory(x, state, starts(T, B))
+    assert y.shape == x.shape and y.dtype == dtype
+    assert isinstance(state, (torch.Tensor, tuple)) and isinstance(after, type(state))
+    for h, h_after in zip(leaves(state), leaves(after), strict=True):
+        assert h.shape[0] == B and (h_after.shape, h_after.dtype) == (h.shape, h.dtype)
+
+
+@each_memory
+def test_every_parameter_learns(name):
+    memory = memory_of(name)
+    y, _ = memory(normal(9, 3, D), memory.initial_state(3), starts(9, 3))
+    gradients = torch.autograd.grad((y * torch.randn_like(y)).sum(), [*memory.parameters()]) if name != "none" else []
+    assert all(g.isfinite().all() and g.count_nonzero() > 0 for g in gradients)
+
+
+@each_memory
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("T", SHORT)
+def test_tape_is_each_episode_alone(name, T, B):
+    memory = memory_of(name)
+    x, start = normal(T, B, D), starts(T, B)
+    run = lambda x: memory(x, memory.initial_state(1), torch.zeros(len(x), 1, dtype=torch.bool))[0]
+    y, _ = memory(x, memory.initial_state(B), start)
+    same(y, alone(run, x, start), [x, *memory.parameters()])
+
+
+@each_memory
+def test_nothing_passes_between_episodes(name):
+    """To the last bit: not small but zero."""
+    T, B = 20, 2
+    memory = memory_of(name)
+    x, start, state = normal(T, B, D), starts(T, B), memory.initial_state(B)
+    y, _ = memory(x, state, start)
+    for b in range(B):
+        for rows in episodes(start[:, b]):
+            inside = torch.zeros(T, B, 1, dtype=torch.bool)
+            inside[rows, b] = True
+            (gradient,) = torch.autograd.grad(y[rows, b].square().sum(), x, retain_graph=True)
+            assert (gradient[rows, b] != 0).any() and (gradient.masked_fill(inside, 0) == 0).all()
+            y2, _ = memory(torch.where(inside, x, torch.randn_like(x)), state, start)
+            assert torch.equal(y2[rows, b], y[rows, b])
+
+
+@each_memory
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("T", SHORT)
+def test_row_by_row_is_all_at_once(name, T, B):
+    memory = memory_of(name)
+    x, start, state = normal(T, B, D), starts(T, B), used_state(memory, B)
+    inputs = [x, *leaves(state), *memory.parameters()]
+    same(memory(x, state, start), cut(memory, x, state, start, range(1, T)), inputs)
+
+
+@each_memory
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("T", [2, 9, 17])
+def test_two_pieces_are_the_whole(name, T, p):
+    memory = memory_of(name)
+    x, start, state = normal(T, 3, D), starts(T, 3, p=p), used_state(memory, 3)
+    inputs = [x, *leaves(state), *memory.parameters()]
+    whole = memory(x, state, start)
+    for t in range(1, T):
+        same(whole, cut(memory, x, state, start, [t]), inputs)
+
+
+@each_memory
+@pytest.mark.parametrize("T", SHORT)
+def test_start_forgets_whatever_state_came_before(name, T):
+    memory = memory_of(name)
+    x, start = normal(T, 3, D), starts(T, 3)
+    start[0] = True
+    garbage = tree_map(lambda h: 100 * torch.randn_like(h), memory.initial_state(3))
+    y, after = memory(x, garbage, start)
+    y2, after2 = memory(x, memory.initial_state(3), start)
+    assert torch.equal(y, y2)
+    if name != "none":  # which hands its (empty) state on
+        assert_close(after, after2, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in MEMORIES if name != "none"])
+@pytest.mark.parametrize("p", [0.0, 0.01])
+def test_float32_lasts_over_a_long_tape(name, p):
+    T = 2_000 if name == "gru" else 100_000  # a GRU is a loop over the longest episode
+    memory = memory_of(name, torch.float32)
+    exact = copy.deepcopy(memory).double()
+    x, start = torch.randn(T, 1, D), starts(T, 1, p=p)
+    with torch.no_grad():
+        y, after = memory(x, memory.initial_state(1), start)
+        y2, after2 = exact(x.double(), exact.initial_state(1), start)
+    assert y.dtype == torch.float32 and y.isfinite().all()
+    assert_close(y.double(), y2, rtol=0, atol=1e-3)
