@@ -2,14 +2,15 @@
 
     python dqn_tbb.py --env-id popgym-RepeatPreviousEasy-v0 --memory lru
 
-Recurrent RL is usually trained on segments cut to a fixed length, zero-padded and masked. With a resettable memory monoid
-(monoids.py) none of that is needed: whole episodes are laid end to end on one tape, one pass of the network runs over all of
-them, and the loss is the ordinary DQN loss. After "Revisiting Recurrent Reinforcement Learning with Memory Monoids" (Morad
-et al. 2024, arXiv 2402.09900). `diff dqn_tbb.py dqn_sbb.py` shows what segments would cost.
+Recurrent RL is usually trained on segments, cut to a fixed length, zero-padded and masked. With a resettable memory monoid
+(monoids.py) whole episodes are laid end to end on one tape instead: one pass of the network runs over all of them, and the
+loss is the ordinary DQN loss. `diff dqn_tbb.py dqn_sbb.py` shows what segments cost.
 
-The words: a *row* is one time step. An episode of n transitions is n + 1 rows, the last of which holds the final observation
-and no action; so the next row is always the next state, at every transition.
+After "Revisiting Recurrent Reinforcement Learning with Memory Monoids" (Morad et al. 2024, arXiv 2402.09900). The words: a *row*
+is one time step. An episode of n transitions is n + 1 rows, the last of which holds the final observation and no action; so
+the next row is always the next state, at every transition, terminal, truncated or neither.
 """
+import collections
 import contextlib
 import copy
 import io
@@ -181,13 +182,20 @@ class OneHot(nn.Module):
         return x.new_zeros(*x.shape[:-1], self.features).scatter_(-1, index, torch.where(self.category, 1.0, x))
 
 
-class Episode(NamedTuple):
-    """One whole episode of n transitions: n + 1 rows, of which the last has a final observation and zeros."""
+class Rows(NamedTuple):
+    """Time steps; leading dimensions (T,) or (T, B). The last row of an episode has its final observation, and zeros."""
 
-    obs: np.ndarray  # (n + 1, columns of the observation)
-    action: np.ndarray  # (n + 1, columns of the action), taken on obs
-    reward: np.ndarray  # (n + 1,), for action
-    terminated: np.ndarray  # (n + 1,) bool: action ended the episode in a terminal state
+    obs: torch.Tensor  # (..., columns of the observation)
+    action: torch.Tensor  # (..., columns of the action), taken on obs
+    reward: torch.Tensor  # (...), for action
+    terminated: torch.Tensor  # (...) bool: action ended the episode in a terminal state
+    start: torch.Tensor  # (...) bool: the episode's first row
+
+
+def empty_rows(envs, device, *shape):
+    k, a = (len(columns(space)) for space in (envs.single_observation_space, envs.single_action_space))
+    obs, action = (torch.zeros(*shape, size, device=device) for size in (k, a))
+    return Rows(obs, action, torch.zeros(shape, device=device), *torch.zeros(2, *shape, dtype=torch.bool, device=device))
 
 
 NOISE_BLOCK = 128
@@ -199,7 +207,7 @@ def collect(envs, network, act, seed, episode, quota):
 
     act(network, obs (1, N, k), previous action (1, N, a), start (1, N), state, noise (N, 1 + a)) -> action (N, a), state. noise
     is uniform on [0, 1). Episodes are numbered from `episode` on; each is reset, and gets its noise, by a generator seeded with
-    (*seed, its number), so what happens in it does not depend on what runs beside it. Returns Episodes in that order.
+    (*seed, its number), so what happens in it does not depend on what runs beside it. Returns Rows of NumPy arrays, in that order.
     """
     N, k = envs.num_envs, len(columns(envs.single_action_space))
     state, device = network.memory.initial_state(N), next(network.parameters()).device
@@ -231,15 +239,15 @@ def collect(envs, network, act, seed, episode, quota):
         next_obs, reward, terminated, truncated, _ = envs.step(unflatten(envs.single_action_space, action))
         next_obs = flatten(envs.single_observation_space, next_obs)
         done = terminated | truncated
-        steps.append((obs, action, reward.astype(np.float32), terminated, next_obs))
+        steps.append((obs, action, reward.astype(np.float32), terminated, start, next_obs))
         played += playing.sum()
         spans += [(number[i], i, first[i], len(steps)) for i in np.flatnonzero(done & playing)]
         obs = next_obs
     *rows, next_obs = (np.stack(x) for x in zip(*steps))  # (steps, N, ...) each
     episodes = []
     for _, i, a, b in sorted(spans):
-        last = (next_obs[b - 1, i], 0, 0, 0)
-        episodes.append(Episode(*(np.concatenate((x[a:b, i], np.full_like(x[:1, i], y))) for x, y in zip(rows, last))))
+        last = Rows(next_obs[b - 1, i], 0, 0, False, False)
+        episodes.append(Rows(*(np.concatenate((x[a:b, i], np.full_like(x[:1, i], y))) for x, y in zip(rows, last))))
     return episodes
 
 
@@ -278,78 +286,58 @@ def policy(q_network, obs, previous_action, start, state, noise, epsilon):
     return (action[:, None] // q_network.stride % q_network.nvec).float(), state  # (N, a)
 
 
-class Batch(NamedTuple):
-    """Whole episodes end to end: R rows, of which n hold a transition."""
-
-    obs: torch.Tensor  # (R, 1, columns of the observation)
-    action: torch.Tensor  # (R, 1, columns of the action)
-    reward: torch.Tensor  # (R, 1)
-    terminated: torch.Tensor  # (R, 1)
-    start: torch.Tensor  # (R, 1)
-    t: torch.Tensor  # (n,), the rows that hold a transition: row t + 1 is its next state
-
-
 class Tape:
-    """A ring of `capacity` rows of whole episodes. The oldest episodes make room, whole; an episode may run over the ring's end."""
+    """A ring of whole episodes. The oldest ones make room, whole; an episode may run over the ring's end."""
 
     def __init__(self, args, envs, device):
-        capacity = args.buffer_size
-        self.obs = torch.zeros(capacity, len(columns(envs.single_observation_space)), device=device)
-        self.action = torch.zeros(capacity, len(columns(envs.single_action_space)), device=device)
-        self.reward = torch.zeros(capacity, device=device)
-        self.terminated = torch.zeros(capacity, dtype=torch.bool, device=device)
-        # the index of episodes, a ring as well: the first row and the number of rows of each
-        self.first, self.rows = np.zeros((2, capacity // 2 + 1), dtype=np.int64)
-        self.oldest = self.episodes = self.used = 0
+        self.capacity = args.buffer_size
+        self.rows = empty_rows(envs, device, self.capacity)
+        self.episodes = collections.deque()  # (first row, number of rows) of each, counted from the first row ever added
+        self.end = 0
 
     def add(self, episode):
-        capacity, rows = len(self.reward), len(episode.reward)
-        if rows > capacity:
+        rows = len(episode.start)
+        if rows > self.capacity:
             fail(f"an episode of {rows - 1} steps never fits: raise --buffer-size to {rows}, or set --max-episode-steps")
-        while self.used + rows > capacity:
-            self.used -= self.rows[self.oldest]
-            self.oldest = (self.oldest + 1) % len(self.rows)
-            self.episodes -= 1
-        first = (self.first[self.oldest] + self.used) % capacity
-        newest = (self.oldest + self.episodes) % len(self.rows)
-        self.first[newest], self.rows[newest] = first, rows
-        self.episodes += 1
-        self.used += rows
-        at = torch.arange(first, first + rows, device=self.reward.device) % capacity
-        for ring, x in zip((self.obs, self.action, self.reward, self.terminated), episode):
+        while self.episodes and self.end + rows - self.episodes[0][0] > self.capacity:
+            self.episodes.popleft()
+        self.episodes.append((self.end, rows))
+        at = np.arange(self.end, self.end + rows) % self.capacity
+        for ring, x in zip(self.rows, episode):
             ring[at] = torch.as_tensor(x, device=ring.device)
+        self.end += rows
 
     def sample(self, batch_size, rng):
         """Episodes drawn uniformly, with replacement, until they hold batch_size transitions; the last one is kept whole.
 
-        Then every transition on the tape is trained on equally often: how many episodes are drawn depends on their lengths, but
-        the expected number of draws of each is the same (Wald's identity).
+        Every transition is equally likely to be trained on: how many episodes are drawn depends on their lengths, but the
+        expected number of draws of each is the same (Wald's identity). Returns rows (R, 1) and t (n,), the rows that hold a
+        transition: all but the last of each episode.
         """
-        drawn = (self.oldest + rng.integers(self.episodes, size=batch_size)) % len(self.rows)
-        enough = 1 + np.searchsorted(np.cumsum(self.rows[drawn] - 1), batch_size)
-        first, rows = self.first[drawn[:enough]], self.rows[drawn[:enough]]
-        begin = np.cumsum(rows) - rows  # (episodes,), in the batch
-        at = np.repeat(first - begin, rows) + np.arange(rows.sum())  # (R,), on the tape
-        start = np.zeros((len(at), 1), dtype=bool)
-        start[begin] = True
-        t = np.delete(np.arange(len(at)), begin + rows - 1)
-        at, start, t = (torch.as_tensor(x, device=self.reward.device) for x in (at % len(self.reward), start, t))
-        return Batch(*(ring[at][:, None] for ring in (self.obs, self.action, self.reward, self.terminated)), start, t)
+        at, transitions = [], 0
+        while transitions < batch_size:
+            first, rows = self.episodes[rng.integers(len(self.episodes))]
+            at.append(np.arange(first, first + rows))
+            transitions += rows - 1
+        at = torch.as_tensor(np.concatenate(at) % self.capacity, device=self.rows.start.device)
+        rows = Rows(*(ring[at][:, None] for ring in self.rows))
+        return rows, (~rows.start[1:, 0]).nonzero().squeeze(1)
 
 
 def update(q_network, target_network, optimizer, batch, args):
-    previous_action = batch.action.roll(1, 0)  # the first row of an episode ignores it
-    inputs = (batch.obs, previous_action, batch.start, q_network.memory.initial_state(1))
+    rows, t = batch
+    # CRUCIAL: the next state is the next row, so its value is that of the whole history up to it, o_0 included
+    now, after = t, t + 1
+    inputs = (rows.obs, rows.action.roll(1, 0), rows.start, q_network.memory.initial_state(rows.start.shape[1]))
     q, _ = q_network(*inputs)  # (R, 1, num_actions)
-    t = batch.t
     with torch.no_grad():
-        # CRUCIAL: the next state is the next row, so its value is that of the whole history up to it, o_0 included
-        q_next = target_network(*inputs)[0][t + 1]
-        best = q[t + 1].argmax(-1, keepdim=True)
-        td_target = batch.reward[t] + args.gamma * ~batch.terminated[t] * q_next.gather(-1, best).squeeze(-1)
-    action = (batch.action[t] * q_network.stride).sum(-1, keepdim=True).long()
-    old_val = q[t].gather(-1, action).squeeze(-1)
-    loss = F.smooth_l1_loss(old_val, td_target)  # Huber, over every transition
+        q_target, _ = target_network(*inputs)
+        best = q[after].argmax(-1, keepdim=True)
+        next_value = q_target[after].gather(-1, best).squeeze(-1)
+        td_target = rows.reward[now] + args.gamma * ~rows.terminated[now] * next_value
+    action = (rows.action[now] * q_network.stride).sum(-1, keepdim=True).long()
+    old_val = q[now].gather(-1, action).squeeze(-1)
+    loss = F.smooth_l1_loss(old_val, td_target)
 
     optimizer.zero_grad()
     loss.backward()

@@ -1,0 +1,423 @@
+"""Double DQN with a memory, trained on segments of episodes (segment-based batching, SBB).
+
+    python dqn_sbb.py --env-id popgym-RepeatPreviousEasy-v0 --memory lru --segment-length 50
+
+This is how recurrent RL is usually trained: episodes are cut into windows of a fixed length, zero-padded and masked. Every
+window starts from the initial state and no gradient crosses its edge. It is here to be compared with tapes of whole episodes:
+`diff dqn_tbb.py dqn_sbb.py` is about batching and about nothing else.
+
+After "Revisiting Recurrent Reinforcement Learning with Memory Monoids" (Morad et al. 2024, arXiv 2402.09900). The words: a *row*
+is one time step. An episode of n transitions is n + 1 rows, the last of which holds the final observation and no action; so
+the next row is always the next state, at every transition, terminal, truncated or neither.
+"""
+import collections
+import contextlib
+import copy
+import io
+import itertools
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import popgym  # noqa: F401  registers popgym-*
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
+from torch.utils.tensorboard import SummaryWriter
+
+from monoids import MEMORIES
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """the name of this experiment"""
+    seed: int = 1
+    """seed of the experiment: of the weights, the episodes, the exploration and the batches"""
+    cuda: bool = True
+    """train on the GPU where there is one"""
+
+    # Algorithm specific arguments
+    env_id: str = "popgym-RepeatPreviousEasy-v0"
+    """the id of the environment"""
+    total_timesteps: int = 40_000
+    """transitions to collect; the last iteration may go over it, since episodes are finished"""
+    learning_rate: float = 1e-3
+    """the learning rate of the optimizer"""
+    num_envs: int = 16
+    """the number of environments that run in parallel"""
+    num_steps: int = 32
+    """an iteration collects whole episodes until they hold num_steps x num_envs transitions or more"""
+    max_episode_steps: int = 0
+    """truncate episodes after this many steps (and bootstrap there); 0 leaves it to the environment"""
+    buffer_size: int = 200_000
+    """transitions in the buffer, padding included; the oldest segments make room"""
+    gamma: float = 0.99
+    """the discount factor gamma"""
+    tau: float = 0.01
+    """the target network moves this share of the way to the online network at every update"""
+    batch_size: int = 1_000
+    """transitions in a batch, padding included"""
+    segment_length: int = 50
+    """transitions in a segment: neither memory nor gradient reaches further back"""
+    burn_in: int = 0
+    """transitions at a segment's beginning that only warm the state up and carry no loss; segments overlap by them"""
+    start_e: float = 1.0
+    """the starting epsilon for exploration"""
+    end_e: float = 0.05
+    """the ending epsilon for exploration"""
+    exploration_fraction: float = 0.5
+    """the fraction of total_timesteps it takes from start_e to end_e"""
+    learning_starts: int = 1_000
+    """transitions to collect before learning starts"""
+    train_frequency: int = 100
+    """transitions to collect per update"""
+    max_grad_norm: float = 1.0
+    """the maximum norm of the gradient"""
+    memory: Literal[*MEMORIES] = "lru"
+    """what remembers"""
+    d_model: int = 128
+    """the width of the network"""
+    previous_action: bool = True
+    """whether the network sees its previous action: in a POMDP the history includes the actions"""
+    eval_frequency: int = 10_000
+    """transitions between two evaluations"""
+    eval_episodes: int = 32
+    """greedy episodes in an evaluation"""
+
+
+def fail(message):
+    """What the user can mend: one line that says how, exit status 2."""
+    print(f"{os.path.basename(__file__)}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args():
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            args = tyro.cli(Args, description=__doc__)
+    except SystemExit as stop:
+        if stop.code:  # tyro draws a box; its first paragraph says what is wrong
+            box = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:-1]]
+            fail(" ".join(itertools.takewhile(lambda line: not line.startswith("──"), box)))
+        raise
+    positive = ("total_timesteps", "num_envs", "num_steps", "buffer_size", "batch_size", "train_frequency", "d_model")
+    for name in (*positive, "eval_frequency", "eval_episodes"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}")
+    if not 0 <= args.burn_in < args.segment_length <= min(args.batch_size, args.buffer_size):
+        fail("--burn-in must be below --segment-length, which must be at most --batch-size and --buffer-size")
+    return args
+
+
+def progress(global_step, total_timesteps, seconds, metrics):
+    left = int(seconds * max(0, total_timesteps / global_step - 1))
+    evaluation = f", eval {metrics['charts/eval_return']:.3f}" if "charts/eval_return" in metrics else ""
+    return (
+        f"step {global_step:,} of {total_timesteps:,}: return {metrics['charts/episodic_return']:.3f}{evaluation}, "
+        f"{metrics['charts/SPS']:,} steps/s, {left // 60}:{left % 60:02} left"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environments: any flat space becomes columns of numbers, one row a time step
+
+
+def make_envs(args, num_envs):
+    """num_envs copies of the environment. Autoreset is disabled: `collect` resets each one, with the seed of its episode."""
+    try:
+        return gym.vector.SyncVectorEnv(
+            [partial(gym.make, args.env_id, max_episode_steps=args.max_episode_steps or None) for _ in range(num_envs)],
+            autoreset_mode=gym.vector.AutoresetMode.DISABLED,
+        )
+    except gym.error.Error as error:
+        fail(f"--env-id: {error}")
+
+
+def columns(space):
+    """The columns of a space: for each one the number of its categories, or 0 for a real number."""
+    if isinstance(space, Discrete):
+        return [int(space.n)]
+    if isinstance(space, MultiDiscrete):
+        return [int(n) for n in space.nvec.flatten()]
+    if isinstance(space, Box) and len(space.shape) == 1:
+        return [0] * space.shape[0]
+    if isinstance(space, (Tuple, Dict)):
+        return [n for part in (space.values() if isinstance(space, Dict) else space) for n in columns(part)]
+    fail(f"the space {space} is not supported: Discrete, MultiDiscrete, flat Box, and Tuple or Dict of these are")
+
+
+def flatten(space, x):
+    """A batch of elements of `space`, as a vector environment gives it, to columns: (N, len(columns(space))) float32."""
+    if isinstance(space, Tuple):
+        return np.concatenate([flatten(part, x[i]) for i, part in enumerate(space)], axis=1)
+    if isinstance(space, Dict):
+        return np.concatenate([flatten(part, x[key]) for key, part in space.items()], axis=1)
+    return np.asarray(x - getattr(space, "start", 0), dtype=np.float32).reshape(len(x), -1)
+
+
+def unflatten(space, x):
+    """Columns (N, k) back to a batch of actions; what lies outside of a Box is clipped to it."""
+    if isinstance(space, Box):
+        return np.clip(x, space.low, space.high)
+    x = x.astype(np.int64).reshape(len(x), *space.shape)
+    return x + space.start
+
+
+class OneHot(nn.Module):
+    """Columns to features: a category becomes a one-hot vector, a real number stays what it is."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        sizes = torch.tensor(sizes, dtype=torch.long)
+        self.register_buffer("category", sizes > 0)
+        self.register_buffer("offset", torch.cumsum(sizes.clamp(min=1), 0) - sizes.clamp(min=1))
+        self.features = int(sizes.clamp(min=1).sum())
+
+    def forward(self, x):  # (..., k) -> (..., features)
+        index = self.offset + torch.where(self.category, x, 0).long()
+        return x.new_zeros(*x.shape[:-1], self.features).scatter_(-1, index, torch.where(self.category, 1.0, x))
+
+
+class Rows(NamedTuple):
+    """Time steps; leading dimensions (T,) or (T, B). The last row of an episode has its final observation, and zeros."""
+
+    obs: torch.Tensor  # (..., columns of the observation)
+    action: torch.Tensor  # (..., columns of the action), taken on obs
+    reward: torch.Tensor  # (...), for action
+    terminated: torch.Tensor  # (...) bool: action ended the episode in a terminal state
+    start: torch.Tensor  # (...) bool: the episode's first row
+
+
+def empty_rows(envs, device, *shape):
+    k, a = (len(columns(space)) for space in (envs.single_observation_space, envs.single_action_space))
+    obs, action = (torch.zeros(*shape, size, device=device) for size in (k, a))
+    return Rows(obs, action, torch.zeros(shape, device=device), *torch.zeros(2, *shape, dtype=torch.bool, device=device))
+
+
+NOISE_BLOCK = 128
+
+
+@torch.no_grad()
+def collect(envs, network, act, seed, episode, quota):
+    """Start episodes in parallel until `quota` transitions have been played, finish every one of them, return them whole.
+
+    act(network, obs (1, N, k), previous action (1, N, a), start (1, N), state, noise (N, 1 + a)) -> action (N, a), state. noise
+    is uniform on [0, 1). Episodes are numbered from `episode` on; each is reset, and gets its noise, by a generator seeded with
+    (*seed, its number), so what happens in it does not depend on what runs beside it. Returns Rows of NumPy arrays, in that order.
+    """
+    N, k = envs.num_envs, len(columns(envs.single_action_space))
+    state, device = network.memory.initial_state(N), next(network.parameters()).device
+    playing, done = np.zeros(N, dtype=bool), np.ones(N, dtype=bool)
+    number, first, generators = np.zeros(N, dtype=int), np.zeros(N, dtype=int), [None] * N
+    action = np.zeros((N, k), dtype=np.float32)
+    noise = np.zeros((N, NOISE_BLOCK, 1 + k), dtype=np.float32)
+    steps, spans, played = [], [], 0
+    while True:
+        start = done
+        if done.any():
+            playing[done] = played < quota
+            if not playing.any():
+                break
+            seeds = [None] * N
+            for i in np.flatnonzero(done & playing):
+                number[i], first[i], generators[i] = episode, len(steps), np.random.default_rng((*seed, episode))
+                seeds[i] = int(generators[i].integers(2**31))
+                episode += 1
+            # an environment that has nothing more to play is reset as well, only because the others can't step without it
+            obs = flatten(envs.single_observation_space, envs.reset(seed=seeds, options={"reset_mask": done})[0])
+        age = len(steps) - first
+        for i in np.flatnonzero(playing & (age % NOISE_BLOCK == 0)):
+            noise[i] = generators[i].random(noise.shape[1:], dtype=np.float32)
+        inputs = (torch.as_tensor(x, device=device)[None] for x in (obs, action, start))
+        now = torch.as_tensor(noise[np.arange(N), age % NOISE_BLOCK], device=device)
+        action, state = act(network, *inputs, state, now)
+        action = action.cpu().numpy()
+        next_obs, reward, terminated, truncated, _ = envs.step(unflatten(envs.single_action_space, action))
+        next_obs = flatten(envs.single_observation_space, next_obs)
+        done = terminated | truncated
+        steps.append((obs, action, reward.astype(np.float32), terminated, start, next_obs))
+        played += playing.sum()
+        spans += [(number[i], i, first[i], len(steps)) for i in np.flatnonzero(done & playing)]
+        obs = next_obs
+    *rows, next_obs = (np.stack(x) for x in zip(*steps))  # (steps, N, ...) each
+    episodes = []
+    for _, i, a, b in sorted(spans):
+        last = Rows(next_obs[b - 1, i], 0, 0, False, False)
+        episodes.append(Rows(*(np.concatenate((x[a:b, i], np.full_like(x[:1, i], y))) for x, y in zip(rows, last))))
+    return episodes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The agent
+
+
+class QNetwork(nn.Module):
+    def __init__(self, envs, args):
+        super().__init__()
+        nvec = torch.tensor(columns(envs.single_action_space))
+        self.register_buffer("nvec", nvec)
+        self.register_buffer("stride", torch.cumprod(nvec, 0) // nvec)  # MultiDiscrete actions are numbered through
+        self.num_actions = int(nvec.prod())
+        self.encode_obs = OneHot(columns(envs.single_observation_space))
+        self.encode_action = OneHot(nvec.tolist()) if args.previous_action else None
+        features = self.encode_obs.features + (self.encode_action.features if args.previous_action else 0)
+        d = args.d_model
+        self.encoder = nn.Sequential(nn.Linear(features, d), nn.GELU(), nn.Linear(d, d))
+        self.memory = MEMORIES[args.memory](d)
+        self.head = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 1 + self.num_actions))
+
+    def forward(self, obs, previous_action, start, state):
+        x = self.encode_obs(obs)  # (T, B, features)
+        if self.encode_action is not None:
+            x = torch.cat((x, self.encode_action(previous_action) * ~start[..., None]), -1)
+        x, state = self.memory(self.encoder(x), state, start)  # (T, B, d_model)
+        value, advantage = self.head(x).split((1, self.num_actions), -1)
+        return value + advantage - advantage.mean(-1, keepdim=True), state  # (T, B, num_actions)
+
+
+def policy(q_network, obs, previous_action, start, state, noise, epsilon):
+    q, state = q_network(obs, previous_action, start, state)  # (1, N, num_actions)
+    explore = (noise[:, 1] * q_network.num_actions).long()
+    action = torch.where(noise[:, 0] < epsilon, explore, q[0].argmax(-1))
+    return (action[:, None] // q_network.stride % q_network.nvec).float(), state  # (N, a)
+
+
+class Segments:
+    """A ring of segments, side by side, zero-padded to L transitions. The oldest ones make room."""
+
+    def __init__(self, args, envs, device):
+        self.length, self.burn_in, self.capacity = args.segment_length, args.burn_in, args.buffer_size // args.segment_length
+        self.rows = empty_rows(envs, device, self.length + 1, self.capacity)  # the last transition sees its next state
+        self.played, self.mask = torch.zeros(2, self.length, self.capacity, dtype=torch.bool, device=device)
+        self.end = 0
+
+    def add(self, episode):
+        L, n = self.length, len(episode.start) - 1
+        for first in range(0, max(1, n - self.burn_in), L - self.burn_in):
+            at, transitions = self.end % self.capacity, min(L, n - first)
+            for ring, x in zip(self.rows, episode):
+                ring[:, at] = 0
+                ring[: transitions + 1, at] = torch.as_tensor(x[first : first + transitions + 1], device=ring.device)
+            self.rows.start[0, at] = True  # wherever the episode was cut
+            self.played[:, at] = torch.arange(L, device=self.mask.device) < transitions
+            self.mask[:, at] = self.played[:, at]
+            self.mask[: self.burn_in if first else 0, at] = False  # an episode's own beginning needs no warming up
+            self.end += 1
+
+    def sample(self, batch_size, rng):
+        """batch_size // L segments drawn uniformly, with replacement.
+
+        Returns rows (L + 1, B), played (L, B), False on padding, and mask (L, B), False on padding and on the burn-in.
+        """
+        drawn = rng.integers(min(self.end, self.capacity), size=batch_size // self.length)
+        drawn = torch.as_tensor(drawn, device=self.mask.device)
+        return Rows(*(ring[:, drawn] for ring in self.rows)), self.played[:, drawn], self.mask[:, drawn]
+
+
+def update(q_network, target_network, optimizer, batch, args):
+    rows, played, mask = batch
+    # CRUCIAL: the next state is the next row, but its value is only that of the segment up to it, and so is the target
+    now, after = slice(0, -1), slice(1, None)
+    inputs = (rows.obs, rows.action.roll(1, 0), rows.start, q_network.memory.initial_state(rows.start.shape[1]))
+    q, _ = q_network(*inputs)  # (L + 1, B, num_actions)
+    with torch.no_grad():
+        q_target, _ = target_network(*inputs)
+        best = q[after].argmax(-1, keepdim=True)
+        next_value = q_target[after].gather(-1, best).squeeze(-1)
+        td_target = rows.reward[now] + args.gamma * ~rows.terminated[now] * next_value
+    action = (rows.action[now] * q_network.stride).sum(-1, keepdim=True).long()
+    old_val = q[now].gather(-1, action).squeeze(-1)
+    # CRUCIAL: the mean of what each transition loses, over those that were played; not the loss of a mean, nor over padding
+    loss = (F.smooth_l1_loss(old_val, td_target, reduction="none") * mask).sum() / mask.sum()
+
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
+    optimizer.step()
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target_network.parameters()), list(q_network.parameters()), args.tau)
+    return {"losses/td_loss": loss.detach(), "losses/q_values": old_val.detach()[mask].mean(), "losses/padding": 1 - played.float().mean()}
+
+
+def evaluate(envs, q_network, args):
+    """The mean undiscounted return of greedy episodes, one in each of the environments, always the same ones."""
+    episodes = collect(envs, q_network, partial(policy, epsilon=0.0), (args.seed, 1), episode=0, quota=1)
+    return np.mean([episode.reward.sum() for episode in episodes])
+
+
+def linear_schedule(start_e, end_e, duration, t):
+    slope = (end_e - start_e) / duration
+    return max(slope * t + start_e, end_e)
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+    envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes)
+    if not isinstance(envs.single_action_space, (Discrete, MultiDiscrete)):
+        fail(f"the actions of {args.env_id} are {envs.single_action_space}: DQN needs discrete ones, ppo_tbb.py takes these")
+    q_network = QNetwork(envs, args).to(device)
+    target_network = copy.deepcopy(q_network)
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
+    buffer = Segments(args, envs, device)
+
+    writer = SummaryWriter(f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    start_time = shown = time.time()
+    global_step = num_episodes = num_updates = 0
+    next_evaluation, metrics = args.eval_frequency, {}
+
+    while global_step < args.total_timesteps:
+        # ALGO LOGIC: play whole episodes with the current weights
+        epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, global_step)
+        act = partial(policy, epsilon=epsilon)
+        episodes = collect(envs, q_network, act, (args.seed, 0), num_episodes, args.num_steps * args.num_envs)
+        num_episodes += len(episodes)
+        lengths = [len(episode.reward) - 1 for episode in episodes]
+        global_step += sum(lengths)
+        for episode in episodes:
+            buffer.add(episode)
+        metrics["charts/epsilon"] = epsilon
+        metrics["charts/episodic_return"] = np.mean([episode.reward.sum() for episode in episodes])
+        metrics["charts/episodic_length"] = np.mean(lengths)
+
+        # ALGO LOGIC: training
+        while num_updates * args.train_frequency < global_step - args.learning_starts:
+            batch = buffer.sample(args.batch_size, rng)
+            metrics |= update(q_network, target_network, optimizer, batch, args)
+            num_updates += 1
+
+        # what it came to, so far
+        if global_step >= min(next_evaluation, args.total_timesteps):
+            metrics["charts/eval_return"] = evaluate(eval_envs, q_network, args)
+            next_evaluation += args.eval_frequency
+        seconds = time.time() - start_time
+        metrics["charts/SPS"] = int(global_step / seconds)
+        for tag, value in metrics.items():
+            writer.add_scalar(tag, value, global_step)
+        if time.time() - shown > 1:
+            shown = time.time()
+            print(progress(global_step, args.total_timesteps, seconds, metrics), flush=True)
+
+    envs.close()
+    eval_envs.close()
+    writer.close()
+    print(
+        f"final: global_step={global_step} eval_return={metrics['charts/eval_return']:.4f} "
+        f"eval_episodes={args.eval_episodes} seconds={time.time() - start_time:.1f}"
+    )
