@@ -1,0 +1,442 @@
+"""PPO with a memory, trained on tapes of whole episodes (tape-based batching, TBB).
+
+    python ppo_tbb.py --env-id popgym-RepeatPreviousEasy-v0 --memory lru
+
+Both ideas of the paper meet here. The policy is trained on whole episodes laid end to end: one pass of a resettable memory
+monoid (monoids.py) runs over all of them, from the start of each, so no hidden state is stored, none is stale, and the loss is
+the ordinary PPO loss. The advantages of the whole tape are one scan as well, backwards.
+
+After "Revisiting Recurrent Reinforcement Learning with Memory Monoids" (Morad et al. 2024, arXiv 2402.09900). The words: a *row*
+is one time step. An episode of n transitions is n + 1 rows, the last of which holds the final observation and no action; so
+the next row is always the next state, at every transition, terminal, truncated or neither.
+"""
+import contextlib
+import io
+import itertools
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import popgym  # noqa: F401  registers popgym-*
+import torch
+import torch.nn as nn
+import tyro
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
+from torch.distributions import Categorical, Normal
+from torch.utils.tensorboard import SummaryWriter
+
+from monoids import MEMORIES, gae
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """the name of this experiment"""
+    seed: int = 1
+    """seed of the experiment: of the weights, the episodes, the exploration and the batches"""
+    cuda: bool = True
+    """train on the GPU where there is one"""
+
+    # Algorithm specific arguments
+    env_id: str = "popgym-RepeatPreviousEasy-v0"
+    """the id of the environment"""
+    total_timesteps: int = 250_000
+    """transitions to collect; the last iteration may go over it, since episodes are finished"""
+    learning_rate: float = 1e-3
+    """the learning rate of the optimizer"""
+    num_envs: int = 64
+    """the number of environments that run in parallel"""
+    num_steps: int = 128
+    """an iteration collects whole episodes until they hold num_steps x num_envs transitions or more"""
+    max_episode_steps: int = 0
+    """truncate episodes after this many steps (and bootstrap there); 0 leaves it to the environment"""
+    anneal_lr: bool = True
+    """whether the learning rate goes down to zero over total_timesteps"""
+    gamma: float = 0.99
+    """the discount factor gamma"""
+    gae_lambda: float = 0.95
+    """the lambda of the general advantage estimation"""
+    num_minibatches: int = 4
+    """the number of minibatches, each of whole episodes"""
+    update_epochs: int = 4
+    """how often each iteration's episodes are trained on"""
+    norm_adv: bool = True
+    """whether advantages are normalised, minibatch by minibatch"""
+    clip_coef: float = 0.2
+    """the surrogate clipping coefficient"""
+    clip_vloss: bool = True
+    """whether the value loss is clipped as well"""
+    ent_coef: float = 0.01
+    """coefficient of the entropy"""
+    vf_coef: float = 0.5
+    """coefficient of the value function"""
+    max_grad_norm: float = 0.5
+    """the maximum norm of the gradient"""
+    target_kl: float | None = None
+    """stop the epochs of an iteration once the KL divergence to the policy that played exceeds this"""
+    memory: Literal[*MEMORIES] = "lru"
+    """what remembers"""
+    d_model: int = 128
+    """the width of the network"""
+    previous_action: bool = True
+    """whether the network sees its previous action: in a POMDP the history includes the actions"""
+    eval_frequency: int = 10_000
+    """transitions between two evaluations"""
+    eval_episodes: int = 32
+    """greedy episodes in an evaluation"""
+
+
+def fail(message):
+    """What the user can mend: one line that says how, exit status 2."""
+    print(f"{os.path.basename(__file__)}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args():
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            args = tyro.cli(Args, description=__doc__)
+    except SystemExit as stop:
+        if stop.code:  # tyro draws a box; its first paragraph says what is wrong
+            box = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:-1]]
+            fail(" ".join(itertools.takewhile(lambda line: not line.startswith("──"), box)))
+        raise
+    positive = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "d_model")
+    for name in (*positive, "eval_frequency", "eval_episodes"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}")
+    return args
+
+
+def progress(global_step, total_timesteps, seconds, metrics):
+    left = int(seconds * max(0, total_timesteps / global_step - 1))
+    evaluation = f", eval {metrics['charts/eval_return']:.3f}" if "charts/eval_return" in metrics else ""
+    return (
+        f"step {global_step:,} of {total_timesteps:,}: return {metrics['charts/episodic_return']:.3f}{evaluation}, "
+        f"{metrics['charts/SPS']:,} steps/s, {left // 60}:{left % 60:02} left"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environments: any flat space becomes columns of numbers, one row a time step
+
+
+def make_envs(args, num_envs):
+    """num_envs copies of the environment. Autoreset is disabled: `collect` resets each one, with the seed of its episode."""
+    try:
+        return gym.vector.SyncVectorEnv(
+            [partial(gym.make, args.env_id, max_episode_steps=args.max_episode_steps or None) for _ in range(num_envs)],
+            autoreset_mode=gym.vector.AutoresetMode.DISABLED,
+        )
+    except gym.error.Error as error:
+        fail(f"--env-id: {error}")
+
+
+def columns(space):
+    """The columns of a space: for each one the number of its categories, or 0 for a real number."""
+    if isinstance(space, Discrete):
+        return [int(space.n)]
+    if isinstance(space, MultiDiscrete):
+        return [int(n) for n in space.nvec.flatten()]
+    if isinstance(space, Box) and len(space.shape) == 1:
+        return [0] * space.shape[0]
+    if isinstance(space, (Tuple, Dict)):
+        return [n for part in (space.values() if isinstance(space, Dict) else space) for n in columns(part)]
+    fail(f"the space {space} is not supported: Discrete, MultiDiscrete, flat Box, and Tuple or Dict of these are")
+
+
+def flatten(space, x):
+    """A batch of elements of `space`, as a vector environment gives it, to columns: (N, len(columns(space))) float32."""
+    if isinstance(space, Tuple):
+        return np.concatenate([flatten(part, x[i]) for i, part in enumerate(space)], axis=1)
+    if isinstance(space, Dict):
+        return np.concatenate([flatten(part, x[key]) for key, part in space.items()], axis=1)
+    return np.asarray(x - getattr(space, "start", 0), dtype=np.float32).reshape(len(x), -1)
+
+
+def unflatten(space, x):
+    """Columns (N, k) back to a batch of actions; what lies outside of a Box is clipped to it."""
+    if isinstance(space, Box):
+        return np.clip(x, space.low, space.high)
+    x = x.astype(np.int64).reshape(len(x), *space.shape)
+    return x + space.start
+
+
+class OneHot(nn.Module):
+    """Columns to features: a category becomes a one-hot vector, a real number stays what it is."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        sizes = torch.tensor(sizes, dtype=torch.long)
+        self.register_buffer("category", sizes > 0)
+        self.register_buffer("offset", torch.cumsum(sizes.clamp(min=1), 0) - sizes.clamp(min=1))
+        self.features = int(sizes.clamp(min=1).sum())
+
+    def forward(self, x):  # (..., k) -> (..., features)
+        index = self.offset + torch.where(self.category, x, 0).long()
+        return x.new_zeros(*x.shape[:-1], self.features).scatter_(-1, index, torch.where(self.category, 1.0, x))
+
+
+class Rows(NamedTuple):
+    """Time steps; leading dimensions (T,) or (T, B). The last row of an episode has its final observation, and zeros."""
+
+    obs: torch.Tensor  # (..., columns of the observation)
+    action: torch.Tensor  # (..., columns of the action), taken on obs
+    reward: torch.Tensor  # (...), for action
+    terminated: torch.Tensor  # (...) bool: action ended the episode in a terminal state
+    start: torch.Tensor  # (...) bool: the episode's first row
+
+
+NOISE_BLOCK = 128
+
+
+@torch.no_grad()
+def collect(envs, network, act, seed, episode, quota):
+    """Start episodes in parallel until `quota` transitions have been played, finish every one of them, return them whole.
+
+    act(network, obs (1, N, k), previous action (1, N, a), start (1, N), state, noise (N, 1 + a)) -> action (N, a), state. noise
+    is uniform on [0, 1). Episodes are numbered from `episode` on; each is reset, and gets its noise, by a generator seeded with
+    (*seed, its number), so what happens in it does not depend on what runs beside it. Returns Rows of NumPy arrays, in that order.
+    """
+    N, k = envs.num_envs, len(columns(envs.single_action_space))
+    state, device = network.memory.initial_state(N), next(network.parameters()).device
+    playing, done = np.zeros(N, dtype=bool), np.ones(N, dtype=bool)
+    number, first, generators = np.zeros(N, dtype=int), np.zeros(N, dtype=int), [None] * N
+    action = np.zeros((N, k), dtype=np.float32)
+    noise = np.zeros((N, NOISE_BLOCK, 1 + k), dtype=np.float32)
+    steps, spans, played = [], [], 0
+    while True:
+        start = done
+        if done.any():
+            playing[done] = played < quota
+            if not playing.any():
+                break
+            seeds = [None] * N
+            for i in np.flatnonzero(done & playing):
+                number[i], first[i], generators[i] = episode, len(steps), np.random.default_rng((*seed, episode))
+                seeds[i] = int(generators[i].integers(2**31))
+                episode += 1
+            # an environment that has nothing more to play is reset as well, only because the others can't step without it
+            obs = flatten(envs.single_observation_space, envs.reset(seed=seeds, options={"reset_mask": done})[0])
+        age = len(steps) - first
+        for i in np.flatnonzero(playing & (age % NOISE_BLOCK == 0)):
+            noise[i] = generators[i].random(noise.shape[1:], dtype=np.float32)
+        inputs = (torch.as_tensor(x, device=device)[None] for x in (obs, action, start))
+        now = torch.as_tensor(noise[np.arange(N), age % NOISE_BLOCK], device=device)
+        action, state = act(network, *inputs, state, now)
+        action = action.cpu().numpy()
+        next_obs, reward, terminated, truncated, _ = envs.step(unflatten(envs.single_action_space, action))
+        next_obs = flatten(envs.single_observation_space, next_obs)
+        done = terminated | truncated
+        steps.append((obs, action, reward.astype(np.float32), terminated, start, next_obs))
+        played += playing.sum()
+        spans += [(number[i], i, first[i], len(steps)) for i in np.flatnonzero(done & playing)]
+        obs = next_obs
+    *rows, next_obs = (np.stack(x) for x in zip(*steps))  # (steps, N, ...) each
+    episodes = []
+    for _, i, a, b in sorted(spans):
+        last = Rows(next_obs[b - 1, i], 0, 0, False, False)
+        episodes.append(Rows(*(np.concatenate((x[a:b, i], np.full_like(x[:1, i], y))) for x, y in zip(rows, last))))
+    return episodes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The agent
+
+
+class Agent(nn.Module):
+    def __init__(self, envs, args):
+        super().__init__()
+        self.nvec = columns(envs.single_action_space)  # one head for each: categorical, or Gaussian where it is 0
+        self.encode_obs = OneHot(columns(envs.single_observation_space))
+        self.encode_action = OneHot(self.nvec) if args.previous_action else None
+        features = self.encode_obs.features + (self.encode_action.features if args.previous_action else 0)
+        d = args.d_model
+        self.encoder = nn.Sequential(nn.Linear(features, d), nn.GELU(), nn.Linear(d, d))
+        self.memory = MEMORIES[args.memory](d)
+        self.actor, self.critic = (
+            nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, out))
+            for out in (sum(max(n, 1) for n in self.nvec), 1)
+        )
+        self.actor_logstd = nn.Parameter(torch.zeros(len(self.nvec)))
+        nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # begin undecided
+
+    def forward(self, obs, previous_action, start, state):
+        x = self.encode_obs(obs)  # (T, B, features)
+        if self.encode_action is not None:
+            x = torch.cat((x, self.encode_action(previous_action) * ~start[..., None]), -1)
+        x, state = self.memory(self.encoder(x), state, start)  # (T, B, d_model)
+        parts = self.actor(x).split([max(n, 1) for n in self.nvec], -1)
+        heads = [
+            Categorical(logits=part) if n else Normal(part.squeeze(-1), std)
+            for n, part, std in zip(self.nvec, parts, self.actor_logstd.exp())
+        ]  # distributions over (T, B), one for each column of the action
+        return heads, self.critic(x).squeeze(-1), state
+
+
+def log_prob(heads, action):
+    return sum(head.log_prob(action[..., i]) for i, head in enumerate(heads))  # (T, B)
+
+
+def quantile(head, u):
+    if isinstance(head, Normal):
+        return head.icdf(u.clamp(min=1e-6))
+    return (head.probs.cumsum(-1) < u[..., None]).sum(-1).clamp(max=head.probs.shape[-1] - 1)
+
+
+def policy(agent, obs, previous_action, start, state, noise, greedy):
+    heads, _, state = agent(obs, previous_action, start, state)
+    action = [head.mode if greedy else quantile(head, noise[:, 1 + i]) for i, head in enumerate(heads)]
+    return torch.stack(action, -1)[0].float(), state  # (N, a)
+
+
+class Batch(NamedTuple):
+    """Whole episodes end to end, R rows, and what the policy that played them made of them."""
+
+    rows: Rows  # (R, 1, ...)
+    logprob: torch.Tensor  # (R, 1), of the action
+    value: torch.Tensor  # (R, 1), of the history up to obs
+    advantage: torch.Tensor  # (R, 1)
+
+
+def transitions(rows):
+    return (~rows.start[1:, 0]).nonzero().squeeze(1)  # (n,): all rows but the last of each episode
+
+
+def run(agent, rows):
+    heads, value, _ = agent(rows.obs, rows.action.roll(1, 0), rows.start, agent.memory.initial_state(1))
+    return heads, log_prob(heads, rows.action), value  # (R, 1) each
+
+
+@torch.no_grad()
+def assess(agent, rows, args):
+    _, logprob, value = run(agent, rows)
+    # CRUCIAL: the next state is the next row, so next_value is right everywhere, at a truncation and its final observation too
+    t = transitions(rows)
+    done = torch.isin(t + 1, t, invert=True)[:, None]
+    advantage = torch.zeros_like(value)
+    advantage[t] = gae(args.gamma, args.gae_lambda, value[t], value[t + 1], rows.reward[t], done, rows.terminated[t])
+    return Batch(rows, logprob, value, advantage)
+
+
+def minibatches(batch, num_minibatches, rng):
+    """Whole episodes, dealt out at random."""
+    first = batch.rows.start[:, 0].nonzero().squeeze(1).cpu().numpy()
+    episodes = np.split(np.arange(len(batch.value)), first[1:])
+    for dealt in np.array_split(rng.permutation(len(episodes)), min(num_minibatches, len(episodes))):
+        at = torch.as_tensor(np.concatenate([episodes[i] for i in dealt]), device=batch.value.device)
+        yield Batch(Rows(*(x[at] for x in batch.rows)), *(x[at] for x in batch[1:]))
+
+
+def update(agent, optimizer, batch, args):
+    heads, newlogprob, newvalue = run(agent, batch.rows)
+    t = transitions(batch.rows)
+    logratio = newlogprob[t] - batch.logprob[t]
+    ratio = logratio.exp()
+    advantage, returns = batch.advantage[t], batch.advantage[t] + batch.value[t]
+    if args.norm_adv:
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+
+    # Policy loss
+    clipped = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = torch.max(-advantage * ratio, -advantage * clipped).mean()
+
+    # Value loss
+    v_loss = (newvalue[t] - returns) ** 2
+    if args.clip_vloss:
+        change = torch.clamp(newvalue[t] - batch.value[t], -args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (batch.value[t] + change - returns) ** 2)
+    v_loss = 0.5 * v_loss.mean()
+
+    entropy = sum(head.entropy()[t] for head in heads).mean()
+    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
+    with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
+        return {
+            "losses/value_loss": v_loss.detach(),
+            "losses/policy_loss": pg_loss.detach(),
+            "losses/entropy": entropy.detach(),
+            "losses/old_approx_kl": (-logratio).mean(),
+            "losses/approx_kl": ((ratio - 1) - logratio).mean(),
+            "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+        }
+
+
+def evaluate(envs, agent, args):
+    """The mean undiscounted return of episodes of the mode, one in each of the environments, always the same ones."""
+    episodes = collect(envs, agent, partial(policy, greedy=True), (args.seed, 1), episode=0, quota=1)
+    return np.mean([episode.reward.sum() for episode in episodes])
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+    envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes)
+    agent = Agent(envs, args).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+
+    writer = SummaryWriter(f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    start_time = shown = time.time()
+    global_step = num_episodes = 0
+    next_evaluation, metrics = args.eval_frequency, {}
+
+    while global_step < args.total_timesteps:
+        # ALGO LOGIC: play whole episodes with the current weights
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = (1 - global_step / args.total_timesteps) * args.learning_rate
+        act = partial(policy, greedy=False)
+        episodes = collect(envs, agent, act, (args.seed, 0), num_episodes, args.num_steps * args.num_envs)
+        num_episodes += len(episodes)
+        lengths = [len(episode.reward) - 1 for episode in episodes]
+        global_step += sum(lengths)
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        metrics["charts/episodic_return"] = np.mean([episode.reward.sum() for episode in episodes])
+        metrics["charts/episodic_length"] = np.mean(lengths)
+
+        # ALGO LOGIC: training
+        rows = Rows(*(torch.as_tensor(np.concatenate(x), device=device)[:, None] for x in zip(*episodes)))  # (R, 1, ...)
+        batch = assess(agent, rows, args)
+        for _ in range(args.update_epochs):
+            for minibatch in minibatches(batch, args.num_minibatches, rng):
+                metrics |= update(agent, optimizer, minibatch, args)
+            if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
+                break
+        t = transitions(rows)
+        metrics["losses/explained_variance"] = 1 - batch.advantage[t].var() / (batch.advantage + batch.value)[t].var()
+
+        # what it came to, so far
+        if global_step >= min(next_evaluation, args.total_timesteps):
+            metrics["charts/eval_return"] = evaluate(eval_envs, agent, args)
+            next_evaluation += args.eval_frequency
+        seconds = time.time() - start_time
+        metrics["charts/SPS"] = int(global_step / seconds)
+        for tag, value in metrics.items():
+            writer.add_scalar(tag, value, global_step)
+        if time.time() - shown > 1:
+            shown = time.time()
+            print(progress(global_step, args.total_timesteps, seconds, metrics), flush=True)
+
+    envs.close()
+    eval_envs.close()
+    writer.close()
+    print(
+        f"final: global_step={global_step} eval_return={metrics['charts/eval_return']:.4f} "
+        f"eval_episodes={args.eval_episodes} seconds={time.time() - start_time:.1f}"
+    )
