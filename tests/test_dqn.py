@@ -1,0 +1,306 @@
+"""The two batchings of DQN, and the loss over each of them against a slow one that feeds every history on its own."""
+import copy
+import difflib
+from collections import Counter
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dqn_sbb
+import dqn_tbb
+from dqn_tbb import Rows
+from monoids import MEMORIES
+
+
+def make_args(script, **kwargs):
+    return script.Args(**{"env_id": "CartPole-v1", "num_envs": 1, "d_model": 8, **kwargs})
+
+
+def make_buffer(script, **kwargs):
+    args = make_args(script, **kwargs)
+    envs = script.make_envs(args, 1)
+    return (script.Tape if script is dqn_tbb else script.Segments)(args, envs, "cpu")
+
+
+def make_episode(rng, n, name=0, terminated=True):
+    """n transitions; obs = (name, row, noise, noise)."""
+    obs = rng.normal(size=(n + 1, 4)).astype(np.float32)
+    obs[:, 0], obs[:, 1] = name, np.arange(n + 1)
+    rows = np.arange(n + 1)
+    action = np.where(rows[:, None] < n, rng.integers(2, size=(n + 1, 1)), 0).astype(np.float32)
+    reward = np.where(rows < n, rng.normal(size=n + 1), 0).astype(np.float32)
+    return Rows(obs, action, reward, terminated & (rows == n - 1), rows == 0)
+
+
+def end_to_end(episodes):
+    """The rows of whole episodes as a batch of dqn_tbb: (R, 1, ...), and the rows that hold a transition."""
+    rows = Rows(*(torch.as_tensor(np.concatenate(x))[:, None] for x in zip(*episodes)))
+    last = np.cumsum([len(e.start) for e in episodes]) - 1
+    return rows, torch.as_tensor(np.delete(np.arange(len(rows.start)), last))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tape
+
+
+@pytest.mark.parametrize("capacity", [50, 64, 101])
+def test_tape_holds_exactly_the_newest_whole_episodes(capacity):
+    rng = np.random.default_rng(0)
+    tape, added = make_buffer(dqn_tbb, buffer_size=capacity), []
+    for name in range(200):  # some fifty times round
+        added.append(make_episode(rng, int(rng.integers(1, 30)), name, terminated=bool(name % 2)))
+        tape.add(added[-1])
+        held = [tape.episodes[i] for i in range(len(tape.episodes))]
+        newest = added[-len(held) :]
+        assert [rows for _, rows in held] == [len(e.start) for e in newest]
+        used = sum(rows for _, rows in held)
+        assert used <= capacity
+        if len(held) < len(added):
+            assert used + len(added[-len(held) - 1].start) > capacity  # one more would not have fitted
+        for (first, rows), episode in zip(held, newest):
+            at = np.arange(first, first + rows) % capacity
+            for ring, x in zip(tape.rows, episode):
+                np.testing.assert_array_equal(ring[at].numpy(), x)
+
+
+def test_tape_takes_an_episode_that_just_fits_and_refuses_one_that_never_can(capsys):
+    rng = np.random.default_rng(0)
+    tape = make_buffer(dqn_tbb, buffer_size=20)
+    tape.add(make_episode(rng, 5))
+    tape.add(make_episode(rng, 19, name=1))
+    rows, t = tape.sample(1, rng)  # longer than the batch: trained on to its end
+    assert len(rows.start) == 20 and len(t) == 19 and (rows.obs[..., 0] == 1).all()
+    with pytest.raises(SystemExit) as stop:
+        tape.add(make_episode(rng, 20))
+    assert stop.value.code == 2
+    assert "raise --buffer-size to 21" in capsys.readouterr().err
+
+
+def test_sample_lays_whole_episodes_end_to_end():
+    rng = np.random.default_rng(0)
+    tape = make_buffer(dqn_tbb, buffer_size=300)
+    episodes = {name: make_episode(rng, int(rng.integers(1, 40)), name) for name in range(40)}
+    for episode in episodes.values():
+        tape.add(episode)
+    for _ in range(50):
+        rows, t = tape.sample(60, rng)
+        names = [int(name) for name in rows.obs[rows.start[:, 0], 0, 0]]
+        expected = end_to_end([episodes[name] for name in names])
+        for got, wanted in zip([*rows, t], [*expected[0], expected[1]]):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+        assert len(t) >= 60 > len(t) - (len(episodes[names[-1]].start) - 1)  # and no more than needed
+
+
+def test_every_transition_is_equally_likely_to_be_trained_on():
+    rng = np.random.default_rng(0)
+    tape = make_buffer(dqn_tbb, buffer_size=1000)
+    lengths = [1, 2, 5, 20, 80, 200]
+    for name, n in enumerate(lengths):
+        tape.add(make_episode(rng, n, name))
+    draws = Counter()
+    for _ in range(4000):
+        rows, _ = tape.sample(100, rng)
+        draws.update(rows.obs[rows.start[:, 0], 0, 0].tolist())
+    share = np.array([draws[name] for name in range(6)]) / sum(draws.values())
+    np.testing.assert_allclose(share, 1 / 6, rtol=0.06)  # four standard deviations
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The segments
+
+
+def test_windows_padding_and_mask_by_hand():
+    segments = make_buffer(dqn_sbb, segment_length=3, buffer_size=12)
+    o = np.arange(1, 6, dtype=np.float32)  # an episode of 4 transitions: o_0 ... o_4 are 1 ... 5
+    zeros = np.zeros(5, dtype=bool)
+    action = np.array([[1], [0], [1], [1], [0]], dtype=np.float32)
+    reward = np.array([10, 20, 30, 40, 0], dtype=np.float32)
+    segments.add(Rows(np.repeat(o[:, None], 4, 1), action, reward, np.arange(5) == 3, np.arange(5) == 0))
+    rows, played, mask = segments.rows, segments.played, segments.mask
+    np.testing.assert_array_equal(rows.obs[:, :2, 0].T, [[1, 2, 3, 4], [4, 5, 0, 0]])
+    np.testing.assert_array_equal(rows.action[:3, :2, 0].T, [[1, 0, 1], [1, 0, 0]])
+    np.testing.assert_array_equal(rows.reward[:3, :2].T, [[10, 20, 30], [40, 0, 0]])
+    np.testing.assert_array_equal(rows.terminated[:3, :2].T, [[0, 0, 0], [1, 0, 0]])
+    np.testing.assert_array_equal(rows.start[:, :2].T, [[1, 0, 0, 0], [1, 0, 0, 0]])
+    np.testing.assert_array_equal(played[:, :2].T, [[1, 1, 1], [1, 0, 0]])
+    np.testing.assert_array_equal(mask, played)
+    assert segments.end == 2
+
+
+@pytest.mark.parametrize("n, windows", [(1, [1]), (6, [6]), (7, [7]), (8, [7, 1]), (14, [7, 7]), (20, [7, 7, 6])])
+def test_every_transition_is_in_one_window(n, windows):
+    rng = np.random.default_rng(0)
+    segments, episode = make_buffer(dqn_sbb, segment_length=7, buffer_size=700), make_episode(rng, n)
+    segments.add(episode)
+    assert segments.played.sum(0)[: segments.end].tolist() == windows
+    shown = segments.rows.obs[:-1, :, 1][segments.mask.bool()]  # the row number of each transition
+    assert sorted(shown.tolist()) == list(range(n))
+    for i, transitions in enumerate(windows):
+        for ring, x in zip(segments.rows[:4], episode):
+            np.testing.assert_array_equal(ring[: transitions + 1, i], x[7 * i : 7 * i + transitions + 1])
+            assert not ring[transitions + 1 :, i].any()
+
+
+@pytest.mark.parametrize("n", [1, 3, 6, 7, 8, 9, 30])
+def test_burn_in_warms_up_and_every_transition_carries_loss_once(n):
+    segments = make_buffer(dqn_sbb, segment_length=7, burn_in=2, buffer_size=700)
+    segments.add(make_episode(np.random.default_rng(0), n))
+    shown = segments.rows.obs[:-1, :, 1][segments.mask]
+    assert sorted(shown.tolist()) == list(range(n))
+    assert segments.played[:, 0].sum() == min(n, 7) == segments.mask[:, 0].sum()
+    assert not segments.mask[:2, 1 : segments.end].any() and segments.played[:2, 1 : segments.end].all()
+
+
+def test_the_oldest_segments_make_room():
+    rng = np.random.default_rng(0)
+    segments = make_buffer(dqn_sbb, segment_length=5, buffer_size=54)  # 10 segments
+    for name in range(23):
+        segments.add(make_episode(rng, 5, name))
+    assert sorted(segments.rows.obs[0, :, 0].tolist()) == list(range(13, 23))
+    rows, played, mask = segments.sample(54, rng)
+    assert rows.obs.shape == (6, 10, 4) and played.shape == mask.shape == (5, 10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def make_networks(memory="lru", **kwargs):
+    args = make_args(dqn_tbb, memory=memory, **kwargs)
+    envs = dqn_tbb.make_envs(args, 1)
+    torch.manual_seed(1)
+    return args, dqn_tbb.QNetwork(envs, args).double(), dqn_tbb.QNetwork(envs, args).double()
+
+
+class Still:
+    """An optimizer that leaves the weights, so that the gradient can be looked at."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def zero_grad(self):
+        self.network.zero_grad()
+
+    def step(self):
+        self.gradient = {name: p.grad.clone() for name, p in self.network.named_parameters() if p.grad is not None}
+
+
+def loss_and_gradient(script, args, q_network, target_network, batch):
+    as_double = Rows(*(x.double() if x.is_floating_point() else x for x in batch[0]))
+    still = Still(q_network)
+    metrics = script.update(q_network, copy.deepcopy(target_network), still, (as_double, *batch[1:]), args)
+    return metrics["losses/td_loss"], still.gradient
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("previous_action", [True, False])
+def test_targets_see_the_true_history(memory, previous_action):
+    """Each value and each target from a network that is fed o_0 ... o_t (... o_{t+1}) on its own, row by row."""
+    args, q_network, target_network = make_networks(memory, previous_action=previous_action, max_grad_norm=1e9)
+    rng = np.random.default_rng(0)
+    episodes = [make_episode(rng, n, terminated=terminated) for n, terminated in [(3, True), (1, False), (6, False), (1, True)]]
+    loss, gradient = loss_and_gradient(dqn_tbb, args, q_network, target_network, end_to_end(episodes))
+
+    def value(network, episode, t):  # of the history up to row t
+        state = network.memory.initial_state(1)
+        for i in range(t + 1):
+            obs = torch.tensor(episode.obs[i], dtype=torch.float64)[None, None]
+            previous = torch.tensor(episode.action[i - 1] if i else [0.0], dtype=torch.float64)[None, None]
+            q, state = network(obs, previous, torch.tensor([[i == 0]]), state)
+        return q[0, 0]
+
+    losses = []
+    for episode in episodes:
+        for t in range(len(episode.start) - 1):
+            with torch.no_grad():
+                best = value(q_network, episode, t + 1).argmax()
+                target = float(episode.reward[t])
+                if not episode.terminated[t]:  # a truncated episode bootstraps
+                    target = target + args.gamma * value(target_network, episode, t + 1)[best]
+            old_val = value(q_network, episode, t)[int(episode.action[t, 0])]
+            losses.append(F.smooth_l1_loss(old_val, torch.as_tensor(target, dtype=torch.float64)))
+    slow = torch.stack(losses).mean()
+    q_network.zero_grad()
+    slow.backward()
+    torch.testing.assert_close(loss, slow.detach(), rtol=1e-6, atol=1e-9)  # rewards and observations are float32
+    for name, p in q_network.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(gradient[name], p.grad, rtol=1e-5, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_segments_as_long_as_the_episodes_give_the_loss_of_the_tape(memory):
+    rng = np.random.default_rng(0)
+    episodes = [make_episode(rng, n, terminated=bool(n % 2)) for n in (4, 7, 1, 2, 7)]
+    segments = make_buffer(dqn_sbb, segment_length=7, buffer_size=700)
+    for episode in episodes:
+        segments.add(episode)
+    everything = lambda ring: ring[:, : segments.end]
+    sbb = Rows(*map(everything, segments.rows)), everything(segments.played), everything(segments.mask)
+    args, *networks = make_networks(memory)
+    loss_tbb, gradient_tbb = loss_and_gradient(dqn_tbb, args, *networks, end_to_end(episodes))
+    loss_sbb, gradient_sbb = loss_and_gradient(dqn_sbb, args, *networks, sbb)
+    torch.testing.assert_close(loss_sbb, loss_tbb)
+    torch.testing.assert_close(gradient_sbb, gradient_tbb)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_the_loss_ignores_what_the_padding_holds(memory):
+    rng = np.random.default_rng(0)
+    segments = make_buffer(dqn_sbb, segment_length=7, buffer_size=700)
+    for n in (3, 9, 1, 12):
+        segments.add(make_episode(rng, n))
+    batch = segments.sample(70, rng)
+    args, *networks = make_networks(memory)
+    clean = loss_and_gradient(dqn_sbb, args, *networks, batch)
+    rows, played, mask = batch
+    assert 0 < played.sum() < played.numel()
+    # rows after the one that holds the final observation; and what would be the final row's action, reward and end
+    beyond = torch.cat((torch.zeros_like(played[:2]), ~played), 0)[: len(rows.start)]
+    beyond[1:] = torch.cat((torch.zeros_like(played[:1]), ~played[:-1]), 0)
+    final = torch.cat((~played, torch.ones_like(played[:1])))
+    for extreme in (1e6, -1e30):
+        garbage = rows._replace(
+            obs=torch.where(beyond[..., None], extreme, rows.obs),
+            action=torch.where(final[..., None], 1.0, rows.action),
+            reward=torch.where(final, extreme, rows.reward),
+            terminated=rows.terminated | final,
+            start=rows.start | beyond,
+        )
+        assert not torch.equal(garbage.obs, rows.obs)
+        dirty = loss_and_gradient(dqn_sbb, args, *networks, (garbage, played, mask))
+        torch.testing.assert_close(dirty, clean, rtol=1e-12, atol=1e-15)  # GRU runs its pieces in another order
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The diff
+
+
+BATCHING = [  # the only places where the files may differ, as (the last line before, the first line after)
+    ('"""', "After "),  # the module's docstring: what this file is
+    ("    buffer_size: int", "    gamma: float"),
+    ("    batch_size: int", "    start_e: float"),
+    ("            fail(f\"--{name.replace('_', '-')} must be", "    return args"),
+    ("    return (action[:, None]", "def update("),  # the class that stores episodes and samples batches
+    ("def update(", "    inputs = "),
+    ("    inputs = ", "    with torch.no_grad():"),  # shapes
+    ("    old_val = ", "    optimizer.zero_grad()"),  # the loss
+    ('    return {"losses/td_loss"', "def evaluate("),
+    ("    optimizer = torch.optim", "    writer = "),  # which class stores episodes
+]
+
+
+def test_the_files_differ_in_batching_alone():
+    tbb, sbb = (Path(script.__file__).read_text().replace("dqn_sbb", "dqn_tbb").splitlines() for script in (dqn_tbb, dqn_sbb))
+    allowed = []
+    for before, after in BATCHING:
+        first = next(i for i, line in enumerate(tbb) if line.startswith(before))
+        allowed.append(range(first, next(i for i in range(first + 1, len(tbb)) if tbb[i].startswith(after))))
+    for tag, a, b, c, d in difflib.SequenceMatcher(None, tbb, sbb, autojunk=False).get_opcodes():
+        if tag != "equal":
+            region = any(lines.start <= a and b <= lines.stop for lines in allowed)
+            assert region, "\n".join([*tbb[a:b], "became", *sbb[c:d]])
