@@ -52,17 +52,19 @@ class Args:
     """transitions to collect; the last iteration may go over it, since episodes are finished"""
     learning_rate: float = 1e-3
     """the learning rate of the optimizer"""
-    num_envs: int = 16
+    num_envs: int = 8
     """the number of environments that run in parallel"""
     num_steps: int = 32
     """an iteration collects whole episodes until they hold num_steps x num_envs transitions or more"""
     max_episode_steps: int = 0
     """truncate episodes after this many steps (and bootstrap there); 0 leaves it to the environment"""
+    anneal_lr: bool = True
+    """whether the learning rate goes down to zero over total_timesteps"""
     buffer_size: int = 200_000
     """rows on the tape; the oldest episodes make room"""
     gamma: float = 0.99
     """the discount factor gamma"""
-    tau: float = 0.01
+    tau: float = 0.02
     """the target network moves this share of the way to the online network at every update"""
     batch_size: int = 1_000
     """transitions in a batch; the last episode of a batch is kept whole, so it may hold a few more"""
@@ -70,13 +72,13 @@ class Args:
     """the starting epsilon for exploration"""
     end_e: float = 0.05
     """the ending epsilon for exploration"""
-    exploration_fraction: float = 0.5
+    exploration_fraction: float = 0.2
     """the fraction of total_timesteps it takes from start_e to end_e"""
     learning_starts: int = 1_000
     """transitions to collect before learning starts"""
-    train_frequency: int = 100
+    train_frequency: int = 50
     """transitions to collect per update"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 0.1
     """the maximum norm of the gradient"""
     memory: Literal[*MEMORIES] = "lru"
     """what remembers"""
@@ -269,6 +271,9 @@ class QNetwork(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(features, d), nn.GELU(), nn.Linear(d, d))
         self.memory = MEMORIES[args.memory](d)
         self.head = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 1 + self.num_actions))
+        # an agent that believes nothing yet learns from rewards, not from the noise that it would bootstrap from
+        nn.init.orthogonal_(self.head[-1].weight, 0.01)
+        nn.init.zeros_(self.head[-1].bias)
 
     def forward(self, obs, previous_action, start, state):
         x = self.encode_obs(obs)  # (T, B, features)
@@ -383,6 +388,8 @@ if __name__ == "__main__":
 
     while global_step < args.total_timesteps:
         # ALGO LOGIC: play whole episodes with the current weights
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = (1 - global_step / args.total_timesteps) * args.learning_rate
         epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, global_step)
         act = partial(policy, epsilon=epsilon)
         episodes = collect(envs, q_network, act, (args.seed, 0), num_episodes, args.num_steps * args.num_envs)
@@ -392,6 +399,7 @@ if __name__ == "__main__":
         for episode in episodes:
             buffer.add(episode)
         metrics["charts/epsilon"] = epsilon
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         metrics["charts/episodic_return"] = np.mean([episode.reward.sum() for episode in episodes])
         metrics["charts/episodic_length"] = np.mean(lengths)
 

@@ -141,7 +141,8 @@ def linear_recurrence(decay, x, initial=None, reverse=False):
     reverse: h_t = decay_t h_{t+1} + x_t instead
     Returns h (T, ...), in the dtype that decay, x and initial promote to. Raises RuntimeError where shapes don't broadcast.
 
-    Equals the second half of `scan(Affine(), (decay, x))`. The backward pass is the same recurrence, reversed:
+    Equals the second half of `scan(Affine(), (decay, x))` while products of decays are finite, as they are for |decay| <= 1, and so
+    is x: a NaN does not stop at a zero decay as it does at a flag of `resettable`. The backward pass is the same recurrence, reversed:
         dL/dx_t = dL/dh_t + conj(decay_{t+1}) dL/dx_{t+1}        dL/ddecay_t = dL/dx_t conj(h_{t-1})
     so it needs the outputs and nothing else: O(T) memory, and it can be differentiated again.
     """
@@ -268,6 +269,7 @@ class Cell(nn.Module):
     def forward(self, x, state, start):
         decay, b = self.lift(x)
         start = start.reshape(start.shape + (1,) * (b.ndim - 2))
+        state = torch.where(start[0], 0, state)  # whatever it is, NaN included
         h = linear_recurrence(torch.where(start, 0, decay), b, state)
         return self.readout(h, x), h[-1]
 
@@ -355,8 +357,9 @@ class S5Cell(Cell):
 
     def lift(self, x):
         Lambda = torch.complex(-torch.exp(self.log_real), self.imag)
-        decay = torch.exp(Lambda * torch.exp(self.log_dt))
-        return decay, _lift(x, ((decay - 1) / Lambda)[:, None] * torch.view_as_complex(self.B))
+        dt = torch.exp(self.log_dt)
+        decay = torch.exp(Lambda * dt)
+        return decay, _lift(x, (torch.expm1(Lambda * dt) / Lambda)[:, None] * torch.view_as_complex(self.B))
 
     def readout(self, h, x):
         return 2 * _read(h, torch.view_as_complex(self.C)) + self.D * x
@@ -370,7 +373,7 @@ class FFMCell(Cell):
         gamma_jk = exp(-|alpha_j|) exp(i omega_k)
         z_t  = l3(Re S_t, Im S_t)
 
-    At the start exp(-|alpha|) spans what is forgotten at once to what has faded to beta = 1% after t_e = `horizon` rows, and
+    At the start exp(-|alpha|) spans what halves at every row to what has faded to beta = 1% after t_e = `horizon` rows, and
     omega the periods from 1 to t_e. The paper's last step, normalise, gate and skip, is what every memory here gets around it.
     """
 
