@@ -50,7 +50,7 @@ class Args:
     """the id of the environment"""
     total_timesteps: int = 40_000
     """transitions to collect; the last iteration may go over it, since episodes are finished"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """the learning rate of the optimizer"""
     num_envs: int = 8
     """the number of environments that run in parallel"""
@@ -64,9 +64,9 @@ class Args:
     """transitions in the buffer, padding included; the oldest segments make room"""
     gamma: float = 0.99
     """the discount factor gamma"""
-    tau: float = 0.02
+    tau: float = 0.2
     """the target network moves this share of the way to the online network at every update"""
-    batch_size: int = 1_000
+    batch_size: int = 500
     """transitions in a batch, padding included"""
     segment_length: int = 50
     """transitions in a segment: neither memory nor gradient reaches further back"""
@@ -80,7 +80,7 @@ class Args:
     """the fraction of total_timesteps it takes from start_e to end_e"""
     learning_starts: int = 1_000
     """transitions to collect before learning starts"""
-    train_frequency: int = 50
+    train_frequency: int = 25
     """transitions to collect per update"""
     max_grad_norm: float = 0.1
     """the maximum norm of the gradient"""

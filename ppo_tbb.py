@@ -52,7 +52,7 @@ class Args:
     """the learning rate of the optimizer"""
     num_envs: int = 64
     """the number of environments that run in parallel"""
-    num_steps: int = 128
+    num_steps: int = 32
     """an iteration collects whole episodes until they hold num_steps x num_envs transitions or more"""
     max_episode_steps: int = 0
     """truncate episodes after this many steps (and bootstrap there); 0 leaves it to the environment"""

@@ -1,0 +1,79 @@
+"""ppo_tbb.py beside sb3-contrib's RecurrentPPO: steps and seconds until the training return passes 0.99, in one run of both.
+
+    pip install -r benchmarks/requirements.txt && python benchmarks/ppo.py
+
+Both train on popgym-RepeatPreviousEasy-v0, one after the other, each in a process of its own with one torch thread. The
+training return is that of the latest episodes played to learn from: those of an iteration (64) for ppo_tbb.py, the last 100 for
+RecurrentPPO. Seconds count from the start of the process, imports included. Writes benchmarks/ppo.csv.
+"""
+import argparse
+import csv
+import datetime
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ENV_ID, GOAL, ROOT = "popgym-RepeatPreviousEasy-v0", 0.99, Path(__file__).parent.parent
+
+
+def ours(seed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.time()
+        command = [sys.executable, ROOT / "ppo_tbb.py", "--env-id", ENV_ID, "--seed", str(seed)]
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        (run,) = Path(folder, "runs").iterdir()
+        events = EventAccumulator(str(run)).Reload().Scalars("charts/episodic_return")
+    reached = next((e for e in events if e.value >= GOAL), None)
+    return (reached.step, reached.wall_time - begin, True) if reached else (events[-1].step, time.time() - begin, False)
+
+
+def theirs(seed, total_timesteps):
+    """In a process of its own, see below: prints steps and seconds."""
+    import popgym  # noqa: F401  registers popgym-*
+    from sb3_contrib import RecurrentPPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+
+    class StopAtGoal(BaseCallback):
+        def _on_step(self):
+            returns = [episode["r"] for episode in self.model.ep_info_buffer]
+            return len(returns) < 100 or sum(returns) / len(returns) < GOAL
+
+    envs = make_vec_env(ENV_ID, n_envs=16, seed=seed)
+    kwargs = dict(n_steps=128, batch_size=512, n_epochs=4, gamma=0.99, seed=seed, device="cpu")
+    model = RecurrentPPO("MlpLstmPolicy", envs, **kwargs).learn(total_timesteps, callback=StopAtGoal())
+    print(model.num_timesteps, int(model.num_timesteps < total_timesteps))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sb3-timesteps", type=int, default=600_000, help="when to give RecurrentPPO up")
+    parser.add_argument("--only-sb3", action="store_true", help="used by the benchmark itself")
+    args = parser.parse_args()
+    if args.only_sb3:
+        theirs(args.seed, args.sb3_timesteps)
+        sys.exit()
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    rows = [("ppo_tbb.py", *ours(args.seed))]
+    begin = time.time()
+    command = [sys.executable, __file__, "--only-sb3", "--seed", str(args.seed), "--sb3-timesteps", str(args.sb3_timesteps)]
+    steps, reached = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
+    rows.append(("sb3-contrib RecurrentPPO", int(steps), time.time() - begin, reached == "1"))
+
+    about = f"{datetime.date.today()}, torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread, seed {args.seed}"
+    print(f"{ENV_ID}, training return >= {GOAL} ({about})")
+    for name, steps, seconds, reached in rows:
+        print(f"{name:26} {steps:9,} steps {seconds:7.1f} s{'' if reached else '  (not reached)'}")
+    (_, steps, seconds, _), (_, their_steps, their_seconds, _) = rows
+    print(f"{'ratio, ours to theirs':26} {steps / their_steps:9.3f}       {seconds / their_seconds:7.3f}")
+    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
+        csv.writer(file).writerows([("algorithm", "steps", "seconds", "reached"), *rows, (about,)])
