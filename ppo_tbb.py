@@ -15,6 +15,7 @@ import io
 import itertools
 import os
 import random
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -90,6 +91,14 @@ class Args:
     """transitions between two evaluations"""
     eval_episodes: int = 32
     """greedy episodes in an evaluation"""
+    save_frequency: int = 0
+    """transitions between two checkpoints, runs/<name>/checkpoint.pt; 0 saves at the end only"""
+    resume: str = ""
+    """continue the run that this checkpoint was saved by, with its arguments"""
+    evaluate: str = ""
+    """train nothing: evaluate this checkpoint"""
+    capture_video: bool = False
+    """with --evaluate: record the first episode to videos/, where the environment renders"""
 
 
 def fail(message):
@@ -98,45 +107,104 @@ def fail(message):
     sys.exit(2)
 
 
-def parse_args():
+def parse_args(default=None):
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            args = tyro.cli(Args, description=__doc__)
+            args = tyro.cli(Args, description=__doc__, default=default or Args())
     except SystemExit as stop:
         if stop.code:  # tyro draws a box; its first paragraph says what is wrong
             box = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:-1]]
             fail(" ".join(itertools.takewhile(lambda line: not line.startswith("──"), box)))
         raise
     positive = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "d_model")
-    for name in (*positive, "eval_frequency", "eval_episodes"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}")
+    least = dict.fromkeys(("seed", "max_episode_steps", "save_frequency"), 0)
+    least |= dict.fromkeys((*positive, "eval_frequency", "eval_episodes"), 1)
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            fail(f"--{name.replace('_', '-')} must be {value} or more, not {getattr(args, name)}")
+    if args.capture_video and not args.evaluate:
+        fail("--capture-video records an evaluation: it goes with --evaluate")
     return args
 
 
-def progress(global_step, total_timesteps, seconds, metrics):
+# What a checkpoint's run may be continued with; everything else is as it was, or it would be another run
+CHANGEABLE = ("cuda", "total_timesteps", "eval_frequency", "eval_episodes", "save_frequency", "resume", "evaluate", "capture_video")
+
+
+def save(path, checkpoint):
+    """Atomically: whatever happens, `path` is a complete checkpoint, this one or the one before."""
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def load(args):
+    """The checkpoint that --resume or --evaluate names, and its run's arguments with those that may change changed."""
+    path = args.resume or args.evaluate
+    if not os.path.isfile(path):
+        fail(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # a stranger's file runs no code
+        script, then = checkpoint["script"], Args(**checkpoint["args"])
+    except Exception:  # there is no end to what a broken file can raise
+        fail(f"{path} is not a complete checkpoint of {os.path.basename(__file__)}")
+    if script != os.path.basename(__file__):
+        fail(f"{path} is a checkpoint of {script}")
+    args = parse_args(default=then)
+    for name, value in vars(then).items():
+        if name not in CHANGEABLE and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')}: the run of {path} has {value}, and can't go on with {getattr(args, name)}")
+    return checkpoint, args
+
+
+def random_states(rng):
+    numpy = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    states = {"python": random.getstate(), "numpy": numpy, "batches": rng.bit_generator.state, "torch": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+
+
+def set_random_states(rng, states):
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    rng.bit_generator.state = states["batches"]
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def progress(global_step, total_timesteps, seconds, metrics, eval_return):
     left = int(seconds * max(0, total_timesteps / global_step - 1))
-    evaluation = f", eval {metrics['charts/eval_return']:.3f}" if "charts/eval_return" in metrics else ""
     return (
-        f"step {global_step:,} of {total_timesteps:,}: return {metrics['charts/episodic_return']:.3f}{evaluation}, "
-        f"{metrics['charts/SPS']:,} steps/s, {left // 60}:{left % 60:02} left"
+        f"step {global_step:,} of {total_timesteps:,}: return {metrics['charts/episodic_return']:.3f}, "
+        f"eval {eval_return:.3f}, {metrics['charts/SPS']:,} steps/s, {left // 60}:{left % 60:02} left"
     )
+
+
+def report(global_step, eval_return, args, start_time):
+    seconds = time.time() - start_time
+    print(f"final: {global_step=} {eval_return=:.4f} eval_episodes={args.eval_episodes} {seconds=:.1f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Environments: any flat space becomes columns of numbers, one row a time step
 
 
-def make_envs(args, num_envs):
+def make_env(args, video):
+    env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps or None, **({"render_mode": "rgb_array"} if video else {}))
+    return gym.wrappers.RecordVideo(env, "videos", episode_trigger=lambda n: n == 0, name_prefix=args.env_id) if video else env
+
+
+def make_envs(args, num_envs, video=False):
     """num_envs copies of the environment. Autoreset is disabled: `collect` resets each one, with the seed of its episode."""
+    makers = [partial(make_env, args, video and number == 0) for number in range(num_envs)]
     try:
-        return gym.vector.SyncVectorEnv(
-            [partial(gym.make, args.env_id, max_episode_steps=args.max_episode_steps or None) for _ in range(num_envs)],
-            autoreset_mode=gym.vector.AutoresetMode.DISABLED,
-        )
-    except gym.error.Error as error:
-        fail(f"--env-id: {error}")
+        return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    except (gym.error.Error, ImportError, TypeError) as error:
+        fail(f"--env-id {args.env_id}: {error}")
 
 
 def columns(space):
@@ -232,8 +300,15 @@ def collect(envs, network, act, seed, episode, quota):
         now = torch.as_tensor(noise[np.arange(N), age % NOISE_BLOCK], device=device)
         action, state = act(network, *inputs, state, now)
         action = action.cpu().numpy()
-        next_obs, reward, terminated, truncated, _ = envs.step(unflatten(envs.single_action_space, action))
+        try:
+            next_obs, reward, terminated, truncated, _ = envs.step(unflatten(envs.single_action_space, action))
+        except Exception as error:
+            error.add_note(f"raised by {envs.envs[0].spec.id}, {age.max() + 1} steps or fewer into an episode")
+            raise
         next_obs = flatten(envs.single_observation_space, next_obs)
+        if not (np.isfinite(next_obs[playing]).all() and np.isfinite(reward[playing]).all()):
+            bad = ~(np.isfinite(next_obs).all(1) & np.isfinite(reward)) & playing
+            fail(f"{envs.envs[0].spec.id}: an observation or reward is not finite, at step {age[bad][0] + 1} of an episode")
         done = terminated | truncated
         steps.append((obs, action, reward.astype(np.float32), terminated, start, next_obs))
         played += playing.sum()
@@ -360,7 +435,9 @@ def update(agent, optimizer, batch, args):
 
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    if not torch.isfinite(loss + norm):
+        raise FloatingPointError(f"the loss is {loss.item()}, the norm of its gradient {norm.item()}")
     optimizer.step()
     with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
         return {
@@ -376,28 +453,58 @@ def update(agent, optimizer, batch, args):
 def evaluate(envs, agent, args):
     """The mean undiscounted return of episodes of the mode, one in each of the environments, always the same ones."""
     episodes = collect(envs, agent, partial(policy, greedy=True), (args.seed, 1), episode=0, quota=1)
-    return np.mean([episode.reward.sum() for episode in episodes])
+    return float(np.mean([episode.reward.sum() for episode in episodes]))
 
 
 if __name__ == "__main__":
     args = parse_args()
+    saved = None
+    if args.resume or args.evaluate:
+        saved, args = load(args)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
-    envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes)
+    envs = make_envs(args, args.num_envs)
+    if args.capture_video and "rgb_array" not in envs.metadata["render_modes"]:
+        fail(f"--capture-video: {args.env_id} does not render")
+    eval_envs = make_envs(args, args.eval_episodes, video=args.capture_video)
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    learners = {"agent": agent, "optimizer": optimizer}
 
-    writer = SummaryWriter(f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
     start_time = shown = time.time()
-    global_step = num_episodes = 0
-    next_evaluation, metrics = args.eval_frequency, {}
+    global_step, num_episodes, num_updates, eval_return = 0, 0, 0, float("nan")
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(start_time)}"
+    if saved:
+        for name, part in learners.items():
+            part.load_state_dict(saved["learners"][name])
+        global_step, num_episodes, num_updates, eval_return = saved["counters"]
+        start_time -= saved["seconds"]
+        run_name = saved["run_name"]
+        set_random_states(rng, saved["random_states"])
+    if args.evaluate:
+        report(global_step, evaluate(eval_envs, agent, args), args, start_time)
+        sys.exit()
+    # what was logged after the checkpoint is purged, so that no step counts twice
+    writer = SummaryWriter(f"runs/{run_name}", purge_step=global_step + 1 if saved else None)
+    table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", global_step)
 
-    while global_step < args.total_timesteps:
+    def save_checkpoint():
+        checkpoint = {"script": os.path.basename(__file__), "args": vars(args), "run_name": run_name}
+        checkpoint |= {"counters": (global_step, num_episodes, num_updates, eval_return), "seconds": time.time() - start_time}
+        checkpoint |= {"learners": {name: part.state_dict() for name, part in learners.items()}}
+        save(f"runs/{run_name}/checkpoint.pt", checkpoint | {"random_states": random_states(rng)})
+
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+
+    while global_step < args.total_timesteps and not signals:
+        before, metrics = global_step, {}
         # ALGO LOGIC: play whole episodes with the current weights
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = (1 - global_step / args.total_timesteps) * args.learning_rate
@@ -413,30 +520,38 @@ if __name__ == "__main__":
         # ALGO LOGIC: training
         rows = Rows(*(torch.as_tensor(np.concatenate(x), device=device)[:, None] for x in zip(*episodes)))  # (R, 1, ...)
         batch = assess(agent, rows, args)
-        for _ in range(args.update_epochs):
-            for minibatch in minibatches(batch, args.num_minibatches, rng):
-                metrics |= update(agent, optimizer, minibatch, args)
-            if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
-                break
+        try:
+            for _ in range(args.update_epochs):
+                for minibatch in minibatches(batch, args.num_minibatches, rng):
+                    metrics |= update(agent, optimizer, minibatch, args)
+                    num_updates += 1
+                if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
+                    break
+        except FloatingPointError as error:
+            save_checkpoint()
+            print(f"update {num_updates + 1}: {error}; runs/{run_name}/checkpoint.pt has the weights before it", file=sys.stderr)
+            sys.exit(1)
         t = transitions(rows)
         metrics["losses/explained_variance"] = 1 - batch.advantage[t].var() / (batch.advantage + batch.value)[t].var()
 
         # what it came to, so far
-        if global_step >= min(next_evaluation, args.total_timesteps):
-            metrics["charts/eval_return"] = evaluate(eval_envs, agent, args)
-            next_evaluation += args.eval_frequency
-        seconds = time.time() - start_time
-        metrics["charts/SPS"] = int(global_step / seconds)
+        over = global_step >= args.total_timesteps
+        if over or before // args.eval_frequency < global_step // args.eval_frequency:
+            metrics["charts/eval_return"] = eval_return = evaluate(eval_envs, agent, args)
+        metrics["charts/SPS"] = int(global_step / (time.time() - start_time))
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, global_step)
+        if over or signals or args.save_frequency and before // args.save_frequency < global_step // args.save_frequency:
+            writer.flush()
+            save_checkpoint()
         if time.time() - shown > 1:
             shown = time.time()
-            print(progress(global_step, args.total_timesteps, seconds, metrics), flush=True)
+            print(progress(global_step, args.total_timesteps, shown - start_time, metrics, eval_return), flush=True)
 
     envs.close()
     eval_envs.close()
     writer.close()
-    print(
-        f"final: global_step={global_step} eval_return={metrics['charts/eval_return']:.4f} "
-        f"eval_episodes={args.eval_episodes} seconds={time.time() - start_time:.1f}"
-    )
+    if signals:
+        print(f"stopped at step {global_step:,}; go on with --resume runs/{run_name}/checkpoint.pt")
+        sys.exit(128 + signals[0])
+    report(global_step, eval_return, args, start_time)
