@@ -374,15 +374,17 @@ class FFMCell(Cell):
         z_t  = l3(Re S_t, Im S_t)
 
     At the start exp(-|alpha|) spans what halves at every row to what has faded to beta = 1% after t_e = `horizon` rows, and
-    omega the periods from 1 to t_e. The paper's last step, normalise, gate and skip, is what every memory here gets around it.
+    omega the periods from 1 to t_e. Theirs were 32 traces, 4 frequencies and t_e = 1024, that is one period of a row, which is
+    none, and the next of 342; as many states tell recent rows apart much sooner as they are set here. The paper's last step,
+    normalise, gate and skip, is what every memory here gets around it.
     """
 
     is_complex = True
 
-    def __init__(self, d_model, num_traces=32, num_frequencies=4, horizon=1024, beta=0.01):
+    def __init__(self, d_model, num_traces=4, num_frequencies=32, horizon=64, beta=0.01):
         super().__init__()
         self.state_shape = (num_traces, num_frequencies)
-        fastest = math.log(torch.finfo(torch.float64).max) / horizon  # the paper's limit: exp(alpha t_e) stays finite
+        fastest = math.log(torch.finfo(torch.float64).max) / 1024  # theirs: exp(alpha t) has to stay finite for t = 1024
         self.alpha = nn.Parameter(torch.linspace(fastest, -math.log(beta) / horizon, num_traces))
         self.omega = nn.Parameter(2 * math.pi / torch.linspace(1, horizon, num_frequencies))
         self.input = nn.Linear(d_model, 2 * num_traces)
