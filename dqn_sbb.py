@@ -2,15 +2,15 @@
 
     python dqn_sbb.py --env-id popgym-RepeatPreviousEasy-v0 --memory lru --segment-length 50
 
-This is how recurrent RL is usually trained: episodes are cut into windows of a fixed length, zero-padded and masked. Every
-window starts from the initial state and no gradient crosses its edge. It is here to be compared with tapes of whole episodes:
-`diff dqn_tbb.py dqn_sbb.py` is about batching and about nothing else.
+This is how recurrent RL is usually trained: episodes are cut into windows of a fixed length, zero-padded and masked.
+Every window starts from the initial state and no gradient crosses its edge. It is here to be compared with tapes of
+whole episodes: `diff dqn_tbb.py dqn_sbb.py` is about batching and about nothing else.
 
-After "Revisiting Recurrent Reinforcement Learning with Memory Monoids" (Morad et al. 2024, arXiv 2402.09900). The words: a *row*
-is one time step. An episode of n transitions is n + 1 rows, the last of which holds the final observation and no action; so
-the next row is always the next state, at every transition, terminal, truncated or neither.
+After "Revisiting Recurrent Reinforcement Learning with Memory Monoids" (Morad et al. 2024, arXiv 2402.09900). The
+words: a *row* is one time step. An episode of n transitions is n + 1 rows, the last of which holds the final
+observation and no action; so the next row is always the next state, whether a transition is terminal, truncated or not.
 """
-import collections
+
 import contextlib
 import copy
 import io
@@ -128,9 +128,9 @@ def parse_args(default=None):
         if getattr(args, name) < value:
             fail(f"--{name.replace('_', '-')} must be {value} or more, not {getattr(args, name)}")
     if args.batch_size > args.buffer_size:
-        fail(f"--batch-size is {args.batch_size}, more than the buffer will ever hold: --buffer-size is {args.buffer_size}")
+        fail(f"--batch-size {args.batch_size} is more than the buffer will ever hold, --buffer-size {args.buffer_size}")
     if args.learning_starts >= args.total_timesteps:
-        fail(f"--learning-starts is {args.learning_starts}: nothing would be learned in --total-timesteps {args.total_timesteps}")
+        fail(f"--learning-starts {args.learning_starts} is after the end, --total-timesteps {args.total_timesteps}")
     if not 0 <= args.burn_in < args.segment_length <= min(args.batch_size, args.buffer_size):
         fail("--burn-in must be below --segment-length, which must be at most --batch-size and --buffer-size")
     if args.capture_video and not args.evaluate:
@@ -138,8 +138,9 @@ def parse_args(default=None):
     return args
 
 
-# What a checkpoint's run may be continued with; everything else is as it was, or it would be another run
-CHANGEABLE = ("cuda", "total_timesteps", "eval_frequency", "eval_episodes", "save_frequency", "resume", "evaluate", "capture_video")
+# what --resume and --evaluate may change; with anything else changed it would be another run
+CHANGEABLE = ["cuda", "total_timesteps", "eval_frequency", "eval_episodes", "save_frequency"]
+CHANGEABLE += ["resume", "evaluate", "capture_video"]
 
 
 def save(path, checkpoint):
@@ -166,31 +167,29 @@ def load(args):
     args = parse_args(default=then)
     for name, value in vars(then).items():
         if name not in CHANGEABLE and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')}: the run of {path} has {value}, and can't go on with {getattr(args, name)}")
+            fail(f"--{name.replace('_', '-')} was {value} in the run of {path}, it can't be {getattr(args, name)}")
     return checkpoint, args
 
 
 def random_states(rng):
-    numpy = np.random.get_state(legacy=False)
-    numpy["state"]["key"] = numpy["state"]["key"].tolist()
-    states = {"python": random.getstate(), "numpy": numpy, "batches": rng.bit_generator.state, "torch": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+    name, key, *rest = np.random.get_state()
+    numpy = (name, key.tolist(), *rest)
+    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "rng": rng.bit_generator.state}
 
 
 def set_random_states(rng, states):
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
-    rng.bit_generator.state = states["batches"]
     torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    rng.bit_generator.state = states["rng"]
 
 
 def progress(global_step, total_timesteps, seconds, metrics, eval_return):
     left = int(seconds * max(0, total_timesteps / global_step - 1))
+    evaluated = "" if np.isnan(eval_return) else f"eval {eval_return:.3f}, "
     return (
-        f"step {global_step:,} of {total_timesteps:,}: return {metrics['charts/episodic_return']:.3f}, "
-        f"eval {eval_return:.3f}, {metrics['charts/SPS']:,} steps/s, {left // 60}:{left % 60:02} left"
+        f"step {global_step:,} of {total_timesteps:,}: return {metrics['charts/episodic_return']:.3f}, {evaluated}"
+        f"{metrics['charts/SPS']:,} steps/s, {left // 60}:{left % 60:02} left"
     )
 
 
@@ -204,12 +203,15 @@ def report(global_step, eval_return, args, start_time):
 
 
 def make_env(args, video):
-    env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps or None, **({"render_mode": "rgb_array"} if video else {}))
-    return gym.wrappers.RecordVideo(env, "videos", episode_trigger=lambda n: n == 0, name_prefix=args.env_id) if video else env
+    kwargs = {"render_mode": "rgb_array"} if video else {}
+    env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps or None, **kwargs)
+    if video:
+        env = gym.wrappers.RecordVideo(env, "videos", name_prefix=args.env_id, episode_trigger=lambda n: n == 0)
+    return env
 
 
 def make_envs(args, num_envs, video=False):
-    """num_envs copies of the environment. Autoreset is disabled: `collect` resets each one, with the seed of its episode."""
+    """num_envs copies of the environment. Autoreset is disabled: `collect` resets each, with its episode's seed."""
     makers = [partial(make_env, args, video and number == 0) for number in range(num_envs)]
     try:
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
@@ -231,7 +233,7 @@ def columns(space):
 
 
 def flatten(space, x):
-    """A batch of elements of `space`, as a vector environment gives it, to columns: (N, len(columns(space))) float32."""
+    """A batch of elements of `space`, as a vector environment gives it, to columns, (N, k) float32."""
     if isinstance(space, Tuple):
         return np.concatenate([flatten(part, x[i]) for i, part in enumerate(space)], axis=1)
     if isinstance(space, Dict):
@@ -263,7 +265,7 @@ class OneHot(nn.Module):
 
 
 class Rows(NamedTuple):
-    """Time steps; leading dimensions (T,) or (T, B). The last row of an episode has its final observation, and zeros."""
+    """Time steps, (T,) or (T, B) of them. The last row of an episode has its final observation, and zeros."""
 
     obs: torch.Tensor  # (..., columns of the observation)
     action: torch.Tensor  # (..., columns of the action), taken on obs
@@ -273,9 +275,10 @@ class Rows(NamedTuple):
 
 
 def empty_rows(envs, device, *shape):
-    k, a = (len(columns(space)) for space in (envs.single_observation_space, envs.single_action_space))
-    obs, action = (torch.zeros(*shape, size, device=device) for size in (k, a))
-    return Rows(obs, action, torch.zeros(shape, device=device), *torch.zeros(2, *shape, dtype=torch.bool, device=device))
+    spaces = envs.single_observation_space, envs.single_action_space
+    obs, action = (torch.zeros(*shape, len(columns(space)), device=device) for space in spaces)
+    terminated, start = torch.zeros(2, *shape, dtype=torch.bool, device=device)
+    return Rows(obs, action, torch.zeros(shape, device=device), terminated, start)
 
 
 NOISE_BLOCK = 128
@@ -283,11 +286,12 @@ NOISE_BLOCK = 128
 
 @torch.no_grad()
 def collect(envs, network, act, seed, episode, quota):
-    """Start episodes in parallel until `quota` transitions have been played, finish every one of them, return them whole.
+    """Start episodes in parallel until `quota` transitions have been played, finish every one, return them whole.
 
-    act(network, obs (1, N, k), previous action (1, N, a), start (1, N), state, noise (N, 1 + a)) -> action (N, a), state. noise
-    is uniform on [0, 1). Episodes are numbered from `episode` on; each is reset, and gets its noise, by a generator seeded with
-    (*seed, its number), so what happens in it does not depend on what runs beside it. Returns Rows of NumPy arrays, in that order.
+    act(network, obs (1, N, k), previous action (1, N, a), start (1, N), state, noise (N, 1 + a)) -> action (N, a),
+    state; noise is uniform on [0, 1). Episodes are numbered from `episode` on; each is reset, and gets its noise, by a
+    generator seeded with (*seed, its number), so what happens in it does not depend on what runs beside it. Returns a
+    list of Rows of NumPy arrays, in that order.
     """
     N, k = envs.num_envs, len(columns(envs.single_action_space))
     state, device = network.memory.initial_state(N), next(network.parameters()).device
@@ -307,7 +311,7 @@ def collect(envs, network, act, seed, episode, quota):
                 number[i], first[i], generators[i] = episode, len(steps), np.random.default_rng((*seed, episode))
                 seeds[i] = int(generators[i].integers(2**31))
                 episode += 1
-            # an environment that has nothing more to play is reset as well, only because the others can't step without it
+            # one that has nothing more to play is reset as well, only because the others can't step without it
             obs = flatten(envs.single_observation_space, envs.reset(seed=seeds, options={"reset_mask": done})[0])
         age = len(steps) - first
         for i in np.flatnonzero(playing & (age % NOISE_BLOCK == 0)):
@@ -324,7 +328,8 @@ def collect(envs, network, act, seed, episode, quota):
         next_obs = flatten(envs.single_observation_space, next_obs)
         if not (np.isfinite(next_obs[playing]).all() and np.isfinite(reward[playing]).all()):
             bad = ~(np.isfinite(next_obs).all(1) & np.isfinite(reward)) & playing
-            fail(f"{envs.envs[0].spec.id}: an observation or reward is not finite, at step {age[bad][0] + 1} of an episode")
+            step = age[bad][0] + 1
+            fail(f"{envs.envs[0].spec.id}: an observation or reward is not finite, at step {step} of an episode")
         done = terminated | truncated
         steps.append((obs, action, reward.astype(np.float32), terminated, start, next_obs))
         played += playing.sum()
@@ -380,8 +385,10 @@ class Segments:
     """A ring of segments, side by side, zero-padded to L transitions. The oldest ones make room."""
 
     def __init__(self, args, envs, device):
-        self.length, self.burn_in, self.capacity = args.segment_length, args.burn_in, args.buffer_size // args.segment_length
-        self.rows = empty_rows(envs, device, self.length + 1, self.capacity)  # the last transition sees its next state
+        self.length, self.burn_in = args.segment_length, args.burn_in
+        self.capacity = args.buffer_size // self.length
+        # a row more than transitions: the last one still sees its next state
+        self.rows = empty_rows(envs, device, self.length + 1, self.capacity)
         self.played, self.mask = torch.zeros(2, self.length, self.capacity, dtype=torch.bool, device=device)
         self.end = 0
 
@@ -408,12 +415,12 @@ class Segments:
         return Rows(*(ring[:, drawn] for ring in self.rows)), self.played[:, drawn], self.mask[:, drawn]
 
     def state_dict(self):
-        return {"rows": [*self.rows, self.played, self.mask], "end": self.end}
+        return vars(self) | {"rows": [*self.rows]}
 
     def load_state_dict(self, state):
-        for ring, x in zip((*self.rows, self.played, self.mask), state["rows"]):
-            ring.copy_(x)
-        self.end = state["end"]
+        device = self.rows.start.device
+        vars(self).update({name: x.to(device) if torch.is_tensor(x) else x for name, x in state.items()})
+        self.rows = Rows(*(x.to(device) for x in self.rows))
 
 
 def update(q_network, target_network, optimizer, batch, args):
@@ -429,7 +436,7 @@ def update(q_network, target_network, optimizer, batch, args):
         td_target = rows.reward[now] + args.gamma * ~rows.terminated[now] * next_value
     action = (rows.action[now] * q_network.stride).sum(-1, keepdim=True).long()
     old_val = q[now].gather(-1, action).squeeze(-1)
-    # CRUCIAL: the mean of what each transition loses, over those that were played; not the loss of a mean, nor over padding
+    # CRUCIAL: the mean of the losses of the transitions that were played; not the loss of a mean, not over padding
     loss = (F.smooth_l1_loss(old_val, td_target, reduction="none") * mask).sum() / mask.sum()
 
     optimizer.zero_grad()
@@ -440,7 +447,11 @@ def update(q_network, target_network, optimizer, batch, args):
     optimizer.step()
     with torch.no_grad():
         torch._foreach_lerp_(list(target_network.parameters()), list(q_network.parameters()), args.tau)
-    return {"losses/td_loss": loss.detach(), "losses/q_values": old_val.detach()[mask].mean(), "losses/padding": 1 - played.float().mean()}
+    return {
+        "losses/td_loss": loss.detach(),
+        "losses/q_values": old_val.detach()[mask].mean(),
+        "losses/padding": 1 - played.float().mean(),
+    }
 
 
 def evaluate(envs, q_network, args):
@@ -470,7 +481,7 @@ if __name__ == "__main__":
         fail(f"--capture-video: {args.env_id} does not render")
     eval_envs = make_envs(args, args.eval_episodes, video=args.capture_video)
     if not isinstance(envs.single_action_space, (Discrete, MultiDiscrete)):
-        fail(f"the actions of {args.env_id} are {envs.single_action_space}: DQN needs discrete ones, ppo_tbb.py takes these")
+        fail(f"{args.env_id} has the actions {envs.single_action_space}: DQN needs discrete ones, try ppo_tbb.py")
     q_network = QNetwork(envs, args).to(device)
     target_network = copy.deepcopy(q_network)
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
@@ -496,10 +507,16 @@ if __name__ == "__main__":
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", global_step)
 
     def save_checkpoint():
-        checkpoint = {"script": os.path.basename(__file__), "args": vars(args), "run_name": run_name}
-        checkpoint |= {"counters": (global_step, num_episodes, num_updates, eval_return), "seconds": time.time() - start_time}
-        checkpoint |= {"learners": {name: part.state_dict() for name, part in learners.items()}}
-        save(f"runs/{run_name}/checkpoint.pt", checkpoint | {"random_states": random_states(rng)})
+        checkpoint = {
+            "script": os.path.basename(__file__),
+            "args": vars(args),
+            "run_name": run_name,
+            "seconds": time.time() - start_time,
+            "counters": (global_step, num_episodes, num_updates, eval_return),
+            "learners": {name: part.state_dict() for name, part in learners.items()},
+            "random_states": random_states(rng),
+        }
+        save(f"runs/{run_name}/checkpoint.pt", checkpoint)
 
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -510,7 +527,8 @@ if __name__ == "__main__":
         # ALGO LOGIC: play whole episodes with the current weights
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = (1 - global_step / args.total_timesteps) * args.learning_rate
-        epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, global_step)
+        duration = args.exploration_fraction * args.total_timesteps
+        epsilon = linear_schedule(args.start_e, args.end_e, duration, global_step)
         act = partial(policy, epsilon=epsilon)
         episodes = collect(envs, q_network, act, (args.seed, 0), num_episodes, args.num_steps * args.num_envs)
         num_episodes += len(episodes)
@@ -531,8 +549,7 @@ if __name__ == "__main__":
                 num_updates += 1
         except FloatingPointError as error:
             save_checkpoint()
-            print(f"update {num_updates + 1}: {error}; runs/{run_name}/checkpoint.pt has the weights before it", file=sys.stderr)
-            sys.exit(1)
+            sys.exit(f"update {num_updates + 1}: {error}; the weights before it are in runs/{run_name}/checkpoint.pt")
 
         # what it came to, so far
         over = global_step >= args.total_timesteps
@@ -541,7 +558,8 @@ if __name__ == "__main__":
         metrics["charts/SPS"] = int(global_step / (time.time() - start_time))
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, global_step)
-        if over or signals or args.save_frequency and before // args.save_frequency < global_step // args.save_frequency:
+        due = args.save_frequency and before // args.save_frequency < global_step // args.save_frequency
+        if due or over or signals:
             writer.flush()
             save_checkpoint()
         if time.time() - shown > 1:

@@ -2,8 +2,8 @@
 
 A *monoid* (H, •, e) is a set H with an associative operation • and an identity e. Because • is associative, all its
 prefixes x_0, x_0 • x_1, x_0 • x_1 • x_2, ... can be computed as a tree instead of a chain, in O(log T) steps. A *memory
-monoid* ("Revisiting Recurrent Reinforcement Learning with Memory Monoids", Morad et al. 2024, arXiv 2402.09900) is a memory
-model written as
+monoid* ("Revisiting Recurrent Reinforcement Learning with Memory Monoids", Morad et al. 2024, arXiv 2402.09900) is a
+memory model written as
 
     lift f: O -> H          what one observation contributes
     scan of • over time     what all observations up to now amount to
@@ -14,6 +14,7 @@ them. Discounted returns and advantages are scans of the same kind, run backward
 
 Time is dimension 0 everywhere, as in `torch.nn.GRU`. Shapes: T rows, B parallel sequences, D features.
 """
+
 import math
 
 import torch
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 class Monoid:
     """A set with an associative operation and an identity. Subclass it and fill in the two methods to add one.
 
-    An element is a tensor or a (nested) tuple of tensors, with any number of leading (time, batch) dimensions; the laws are
+    An element is a tensor or a (nested) tuple of tensors, with any number of leading (time, batch) dimensions. Laws:
         (a • b) • c = a • (b • c)        and        e • a = a = a • e
     """
 
@@ -37,7 +38,7 @@ class Monoid:
         raise NotImplementedError
 
     def op(self, left, right):
-        """left • right, elementwise over the leading dimensions; `left` is the earlier in time. Must not work in place."""
+        """left • right, elementwise over the leading dimensions; `left` is the earlier in time. Not in place."""
         raise NotImplementedError
 
 
@@ -45,7 +46,8 @@ class Affine(Monoid):
     """The maps h -> a h + b under composition; elements (a, b), two tensors of the same shape.
 
     (a, b) • (a', b') = (a a', a' b + b'), with identity (1, 0). The scan's second half is h_t = a_t h_{t-1} + b_t from
-    h_{-1} = 0: every linear recurrence, discounted return and advantage in this file. `linear_recurrence` is its fast path.
+    h_{-1} = 0: every linear recurrence, discounted return and advantage in this file. Its fast path is
+    `linear_recurrence`.
     """
 
     def identity(self, like):
@@ -77,9 +79,9 @@ def resettable(monoid):
         (A, b) o (A', b') = (A • A', b or b')  where b' = 0
                             (e • A', 1)        where b' = 1
 
-    Returns a Monoid whose elements are (elements of `monoid`, start). start is bool, (T,) or (T, B): its dimensions are the
-    leading ones of every tensor in the elements. In a scan, a row whose start is True sees nothing of the rows before it, and
-    no gradient passes back over it, not even a NaN.
+    Returns a Monoid whose elements are (elements of `monoid`, start). start is bool, (T,) or (T, B): its dimensions are
+    the leading ones of every tensor in the elements. In a scan, a row whose start is True sees nothing of the rows
+    before it, and no gradient passes back over it, not even a NaN.
     """
     return _Resettable(monoid)
 
@@ -98,13 +100,13 @@ def _length(elements):
 def scan(monoid, elements, reverse=False):
     """All prefixes of •: result_t = x_0 • x_1 • ... • x_t.
 
-    elements: a tensor or a (nested) tuple of tensors, (T, ...) each, T >= 1 (T = 1 comes back as it is). The result has the
-    same structure and shapes. reverse runs time backwards, result_t = x_{T-1} • ... • x_{t+1} • x_t (flip, scan, flip).
-    Differentiable by autograd through every application of •.
+    elements: a tensor or a (nested) tuple of tensors, (T, ...) each, T >= 1 (T = 1 comes back as it is). The result has
+    the same structure and shapes. reverse runs time backwards, result_t = x_{T-1} • ... • x_{t+1} • x_t (flip, scan,
+    flip). Differentiable by autograd through every application of •.
 
-    Adjacent pairs are multiplied, the pairs are scanned by recursion, which gives the prefixes that end on odd rows, and one
-    more multiplication gives those that end on even rows: fewer than 2T products, in 2 log2(T) steps (Blelloch 1990,
-    "Prefix sums and their applications"; jax.lax.associative_scan does the same).
+    Adjacent pairs are multiplied, the pairs are scanned by recursion, which gives the prefixes that end on odd rows,
+    and one more multiplication gives those that end on even rows: fewer than 2T products, in 2 log2(T) steps (Blelloch
+    1990, "Prefix sums and their applications"; jax.lax.associative_scan does the same).
     """
     if reverse:
         flip = lambda x: x.flip(0)
@@ -139,10 +141,12 @@ def linear_recurrence(decay, x, initial=None, reverse=False):
     decay:   broadcasts to x, as in (D,), (T, 1, D) or (T, B, D); a zero resets: row t then sees nothing before itself
     initial: (...), or what broadcasts to it: h before the first row (the last one if reverse); None is zero
     reverse: h_t = decay_t h_{t+1} + x_t instead
-    Returns h (T, ...), in the dtype that decay, x and initial promote to. Raises RuntimeError where shapes don't broadcast.
+    Returns h (T, ...), in the dtype that decay, x and initial promote to. Raises RuntimeError where shapes don't
+    broadcast.
 
-    Equals the second half of `scan(Affine(), (decay, x))` while products of decays are finite, as they are for |decay| <= 1, and so
-    is x: a NaN does not stop at a zero decay as it does at a flag of `resettable`. The backward pass is the same recurrence, reversed:
+    Equals the second half of `scan(Affine(), (decay, x))` while products of decays are finite, as they are for |decay|
+    <= 1, and so is x: a NaN does not stop at a zero decay as it does at a flag of `resettable`. The backward pass is
+    the same recurrence, reversed:
         dL/dx_t = dL/dh_t + conj(decay_{t+1}) dL/dx_{t+1}        dL/ddecay_t = dL/dx_t conj(h_{t-1})
     so it needs the outputs and nothing else: O(T) memory, and it can be differentiated again.
     """
@@ -182,10 +186,11 @@ class _LinearRecurrence(torch.autograd.Function):
 def _blocked(decay, x, initial, reverse, K=8):
     """The recurrence without its gradient, in 2T affine maps and O(log T) steps: THE PLACE TO MAKE FASTER.
 
-    Time is cut into C blocks of K rows. What a block does to the state that enters it is one affine map: K steps, all blocks
-    at once, give all the maps. They form a recurrence of their own, C rows long, which gives the state that enters each block,
-    by recursion. K more steps give every row. Rows k, K + k, 2K + k, ... are a strided slice, so nothing is copied or padded;
-    the last block may be shorter, and sits out the steps that it lacks. decay and x (T, ...), initial (...) -> h (T, ...).
+    Time is cut into C blocks of K rows. What a block does to the state that enters it is one affine map: K steps, all
+    blocks at once, give all the maps. They form a recurrence of their own, C rows long, which gives the state that
+    enters each block, by recursion. K more steps give every row. Rows k, K + k, 2K + k, ... are a strided slice, so
+    nothing is copied or padded; the last block may be shorter, and sits out the steps that it lacks. decay and x (T,
+    ...), initial (...) -> h (T, ...).
     """
     C = math.ceil(len(x) / K)
     steps = range(min(K, len(x)))[:: -1 if reverse else 1]
@@ -219,9 +224,9 @@ def discounted_return(gamma, reward, done, next_value=None):
         G_t = r_t + gamma * next_value_t    where done_t or t = T-1
         G_t = r_t + gamma * G_{t+1}         elsewhere
 
-    gamma: the discount, a float or a tensor that broadcasts; reward (T, ...) float; done (T, ...) bool: the episode ended here,
-    terminated or truncated; next_value (T, ...): the value of the state that follows, read only where a row is done or the last
-    (None means 0). Pass 0 there for a terminal state. Returns G (T, ...). Section 4.2 of the paper.
+    gamma: the discount, a float or a tensor that broadcasts; reward (T, ...) float; done (T, ...) bool: the episode
+    ended here, terminated or truncated; next_value (T, ...): the value of the state that follows, read only where a row
+    is done or the last (None means 0). Pass 0 there for a terminal state. Returns G (T, ...). Section 4.2 of the paper.
     """
     done = done.bool()
     x = reward
@@ -233,15 +238,16 @@ def discounted_return(gamma, reward, done, next_value=None):
 
 
 def gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
-    """Generalised advantage estimates of every row of a tape of many episodes, in one reverse scan (Schulman et al. 2016).
+    """Generalised advantage estimates of every row of a tape of many episodes, in one reverse scan (Schulman 2016).
 
         delta_t = r_t + gamma * (1 - terminated_t) * next_value_t - value_t
         A_t = delta_t + gamma * lmbda * (1 - done_t) * A_{t+1}
 
-    value, next_value, reward (T, ...) float: next_value is the value of the state that follows row t, the final observation of
-    its episode included; it is not read where terminated. done (T, ...) bool: nothing accumulates across it. terminated
-    (T, ...) bool: nothing is bootstrapped there either; None means done. After the last row nothing accumulates, so an
-    episode that goes on beyond the tape bootstraps from next_value there. Returns A (T, ...); returns-to-go are A + value.
+    value, next_value, reward (T, ...) float: next_value is the value of the state that follows row t, the final
+    observation of its episode included; it is not read where terminated. done (T, ...) bool: nothing accumulates across
+    it. terminated (T, ...) bool: nothing is bootstrapped there either; None means done. After the last row nothing
+    accumulates, so an episode that goes on beyond the tape bootstraps from next_value there. Returns A (T, ...);
+    returns-to-go are A + value.
     """
     terminated = done if terminated is None else terminated
     delta = reward + gamma * torch.where(terminated.bool(), 0, next_value) - value
@@ -264,7 +270,8 @@ class Cell(nn.Module):
 
     def initial_state(self, B):
         p = next(self.parameters())
-        return torch.zeros(B, *self.state_shape, device=p.device, dtype=p.dtype.to_complex() if self.is_complex else p.dtype)
+        dtype = p.dtype.to_complex() if self.is_complex else p.dtype
+        return torch.zeros(B, *self.state_shape, device=p.device, dtype=dtype)
 
     def forward(self, x, state, start):
         decay, b = self.lift(x)
@@ -275,7 +282,7 @@ class Cell(nn.Module):
 
 
 def _complex(*shape, std):
-    """A complex parameter as two real ones, the last dimension (real, imaginary): optimizers and .to(dtype) then just work."""
+    """A complex parameter as two real ones, its last dimension: then optimizers and .to(dtype) just work."""
     return nn.Parameter(std * torch.randn(*shape, 2))
 
 
@@ -295,10 +302,10 @@ class LRUCell(Cell):
     """Linear Recurrent Unit (Orvieto et al. 2023, arXiv 2303.06349, section 3 and appendix A).
 
         h_t = lambda h_{t-1} + exp(gamma_log) B x_t        y_t = Re(C h_t) + D x_t            (their eq. 1 and 7)
-        lambda = exp(-exp(nu_log) + i exp(theta_log)),     so that |lambda| < 1               (exponential parametrisation)
+        lambda = exp(-exp(nu_log) + i exp(theta_log)),     so that |lambda| < 1               (stable)
 
-    At the start lambda is uniform on the ring r_min <= |lambda| <= r_max (Lemma 3.2), gamma = sqrt(1 - |lambda|^2) keeps
-    the state's variance that of its input, and B and C are Glorot-initialised.
+    At the start lambda is uniform on the ring r_min <= |lambda| <= r_max (Lemma 3.2), gamma = sqrt(1 - |lambda|^2)
+    keeps the state's variance that of its input, and B and C are Glorot-initialised.
     """
 
     is_complex = True
@@ -326,11 +333,12 @@ class S5Cell(Cell):
     """Simplified state space layer (Smith et al. 2022, arXiv 2208.04933, sections 3 and 4.3).
 
         h_t = exp(Lambda Delta) h_{t-1} + Lambda^-1 (exp(Lambda Delta) - 1) B x_t    (zero-order hold, their eq. 6)
-        y_t = 2 Re(C h_t) + D x_t                                                    (one of each conjugate pair is kept)
+        y_t = 2 Re(C h_t) + D x_t                                       (one of each conjugate pair is kept)
 
-    At the start Lambda holds the eigenvalues of `blocks` HiPPO-N matrices on the diagonal, B and C are rotated into their
-    eigenvectors V (B~ = V* B, C~ = C V), and the time steps Delta, one a state, are log-uniform in [dt_min, dt_max]. The
-    real part of Lambda is kept negative as -exp(.), so that the state can't grow on long tapes (Goel et al. 2022).
+    At the start Lambda holds the eigenvalues of `blocks` HiPPO-N matrices on the diagonal, B and C are rotated into
+    their eigenvectors V (B~ = V* B, C~ = C V), and the time steps Delta, one a state, are log-uniform in [dt_min,
+    dt_max]. The real part of Lambda is kept negative as -exp(.), so that the state can't grow on long tapes (Goel et
+    al. 2022).
     """
 
     is_complex = True
@@ -373,10 +381,10 @@ class FFMCell(Cell):
         gamma_jk = exp(-|alpha_j|) exp(i omega_k)
         z_t  = l3(Re S_t, Im S_t)
 
-    At the start exp(-|alpha|) spans what halves at every row to what has faded to beta = 1% after t_e = `horizon` rows, and
-    omega the periods from 1 to t_e. Theirs were 32 traces, 4 frequencies and t_e = 1024, that is one period of a row, which is
-    none, and the next of 342; as many states tell recent rows apart much sooner as they are set here. The paper's last step,
-    normalise, gate and skip, is what every memory here gets around it.
+    At the start exp(-|alpha|) spans what halves at every row to what has faded to beta = 1% after t_e = `horizon` rows,
+    and omega the periods from 1 to t_e. Theirs were 32 traces, 4 frequencies and t_e = 1024, that is one period of a
+    row, which is none, and the next of 342; as many states tell recent rows apart much sooner as they are set here. The
+    paper's last step, normalise, gate and skip, is what every memory here gets around it.
     """
 
     is_complex = True
@@ -384,7 +392,7 @@ class FFMCell(Cell):
     def __init__(self, d_model, num_traces=4, num_frequencies=32, horizon=64, beta=0.01):
         super().__init__()
         self.state_shape = (num_traces, num_frequencies)
-        fastest = math.log(torch.finfo(torch.float64).max) / 1024  # theirs: exp(alpha t) has to stay finite for t = 1024
+        fastest = math.log(torch.finfo(torch.float64).max) / 1024  # they need exp(1024 alpha) finite
         self.alpha = nn.Parameter(torch.linspace(fastest, -math.log(beta) / horizon, num_traces))
         self.omega = nn.Parameter(2 * math.pi / torch.linspace(1, horizon, num_frequencies))
         self.input = nn.Linear(d_model, 2 * num_traces)
@@ -401,14 +409,16 @@ class FFMCell(Cell):
 class LinearTransformerCell(Cell):
     """Linear transformer (Katharopoulos et al. 2020, arXiv 2006.16236, section 3.3), of `num_heads` heads.
 
-        S_t = S_{t-1} + R_t phi(k_t) v_t^T      z_t = z_{t-1} + phi(k_t)      phi(x) = elu(x) + 1      (their eq. 7, 18, 19)
+        S_t = S_{t-1} + R_t phi(k_t) v_t^T      z_t = z_{t-1} + phi(k_t)      phi(x) = elu(x) + 1      (their eq. 7, 18,
+        19)
         y_t = (R_t phi(q_t))^T S_t / phi(q_t)^T z_t                                                    (their eq. 20)
 
-    The monoid is the sum of (kv, k). A sum can't tell what came first, so, like any transformer, this one encodes positions: R_t
-    is the rotation of rotary embeddings, which in linear attention belongs in the numerator alone (Su et al. 2021, arXiv
-    2104.09864, eq. 19), pairs of features turning by omega_j t. Only the angle between q_t and k_s counts, so the sum may as
-    well be kept in the frame that turns with the query: S_t = R_1^-1 S_{t-1} + phi(k_t) v_t^T. That is again the affine monoid,
-    of decay exp(-i omega_j), and needs no clock. z is one column more, of decay 1. The omega_j are spread evenly up to pi.
+    The monoid is the sum of (kv, k). A sum can't tell what came first, so, like any transformer, this one encodes
+    positions: R_t is the rotation of rotary embeddings, which in linear attention belongs in the numerator alone (Su et
+    al. 2021, arXiv 2104.09864, eq. 19), pairs of features turning by omega_j t. Only the angle between q_t and k_s
+    counts, so the sum may as well be kept in the frame that turns with the query: S_t = R_1^-1 S_{t-1} + phi(k_t)
+    v_t^T. That is again the affine monoid, of decay exp(-i omega_j), and needs no clock. z is one column more, of decay
+    1. The omega_j are spread evenly up to pi.
     """
 
     is_complex = True
@@ -440,7 +450,7 @@ class LinearTransformerCell(Cell):
 
 
 class GRUCell(nn.Module):
-    """`torch.nn.GRU`, run episode by episode: a yardstick that is no monoid, so time is a loop as long as the longest episode."""
+    """`torch.nn.GRU`, run episode by episode: a yardstick that is no monoid, so time is a loop over the longest one."""
 
     def __init__(self, d_model, d_state=128):
         super().__init__()
@@ -457,7 +467,8 @@ class GRUCell(nn.Module):
         b, t = begins.T.nonzero(as_tuple=True)  # where each piece of an episode begins, sequence by sequence
         lengths = torch.diff(b * T + t, append=b.new_tensor([B * T]))
         h = torch.where(start[t, b][:, None], 0, state[b])  # (pieces, d_state)
-        pieces = nn.utils.rnn.pack_sequence(x.transpose(0, 1).flatten(0, 1).split(lengths.tolist()), enforce_sorted=False)
+        pieces = x.transpose(0, 1).flatten(0, 1).split(lengths.tolist())
+        pieces = nn.utils.rnn.pack_sequence(pieces, enforce_sorted=False)
         y, h = self.gru(pieces, h[None])
         y = torch.cat(nn.utils.rnn.unpack_sequence(y)).unflatten(0, (B, T)).transpose(0, 1)
         last = torch.cat((b[1:] != b[:-1], b.new_ones(1, dtype=torch.bool)))
@@ -469,15 +480,16 @@ class GRUCell(nn.Module):
 
 
 class Memory(nn.Module):
-    """`num_layers` residual blocks around a cell, pre-normalised and gated as in S5 and LRU; the cell is all that differs.
+    """`num_layers` residual blocks around a cell, pre-normalised and gated as in S5 and LRU; the cell is all that
+    differs.
 
         x <- x + GLU(W gelu(norm(cell(norm(x)))))
 
     Every class in MEMORIES that derives from this takes d_model, num_layers and the sizes of its cell.
     initial_state(B):   the state before any row: a tuple of one tensor (B, ...) a layer
-    memory(x, state, start): x (T, B, d_model) float, start (T, B) bool -> y (T, B, d_model), the state after row T-1. A row
-    whose start is True is consumed from the initial state, whatever state came before it. T >= 1. All rows at once, one row at a
-    time with the state carried over, or any cut in between give the same y.
+    memory(x, state, start): x (T, B, d_model) float, start (T, B) bool -> y (T, B, d_model), the state after row T-1. A
+    row whose start is True is consumed from the initial state, whatever state came before it. T >= 1. All rows at once,
+    one row at a time with the state carried over, or any cut in between give the same y.
     """
 
     cell = None
@@ -493,7 +505,8 @@ class Memory(nn.Module):
 
     def forward(self, x, state, start):
         after = []
-        for cell, norm, norm2, gate, h in zip(self.cells, self.norms[::2], self.norms[1::2], self.gates, state, strict=True):
+        norms = self.norms[::2], self.norms[1::2]
+        for cell, norm, norm2, gate, h in zip(self.cells, *norms, self.gates, state, strict=True):
             y, h = cell(norm(x), h, start)
             x = x + F.glu(gate(F.gelu(norm2(y))))
             after.append(h)

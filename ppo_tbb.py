@@ -2,14 +2,15 @@
 
     python ppo_tbb.py --env-id popgym-RepeatPreviousEasy-v0 --memory lru
 
-Both ideas of the paper meet here. The policy is trained on whole episodes laid end to end: one pass of a resettable memory
-monoid (monoids.py) runs over all of them, from the start of each, so no hidden state is stored, none is stale, and the loss is
-the ordinary PPO loss. The advantages of the whole tape are one scan as well, backwards.
+Both ideas of the paper meet here. The policy is trained on whole episodes laid end to end: one pass of a resettable
+memory monoid (monoids.py) runs over all of them, from the start of each, so no hidden state is stored, none is stale,
+and the loss is the ordinary PPO loss. The advantages of the whole tape are one scan as well, backwards.
 
-After "Revisiting Recurrent Reinforcement Learning with Memory Monoids" (Morad et al. 2024, arXiv 2402.09900). The words: a *row*
-is one time step. An episode of n transitions is n + 1 rows, the last of which holds the final observation and no action; so
-the next row is always the next state, at every transition, terminal, truncated or neither.
+After "Revisiting Recurrent Reinforcement Learning with Memory Monoids" (Morad et al. 2024, arXiv 2402.09900). The
+words: a *row* is one time step. An episode of n transitions is n + 1 rows, the last of which holds the final
+observation and no action; so the next row is always the next state, whether a transition is terminal, truncated or not.
 """
+
 import contextlib
 import io
 import itertools
@@ -128,8 +129,9 @@ def parse_args(default=None):
     return args
 
 
-# What a checkpoint's run may be continued with; everything else is as it was, or it would be another run
-CHANGEABLE = ("cuda", "total_timesteps", "eval_frequency", "eval_episodes", "save_frequency", "resume", "evaluate", "capture_video")
+# what --resume and --evaluate may change; with anything else changed it would be another run
+CHANGEABLE = ["cuda", "total_timesteps", "eval_frequency", "eval_episodes", "save_frequency"]
+CHANGEABLE += ["resume", "evaluate", "capture_video"]
 
 
 def save(path, checkpoint):
@@ -156,31 +158,29 @@ def load(args):
     args = parse_args(default=then)
     for name, value in vars(then).items():
         if name not in CHANGEABLE and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')}: the run of {path} has {value}, and can't go on with {getattr(args, name)}")
+            fail(f"--{name.replace('_', '-')} was {value} in the run of {path}, it can't be {getattr(args, name)}")
     return checkpoint, args
 
 
 def random_states(rng):
-    numpy = np.random.get_state(legacy=False)
-    numpy["state"]["key"] = numpy["state"]["key"].tolist()
-    states = {"python": random.getstate(), "numpy": numpy, "batches": rng.bit_generator.state, "torch": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+    name, key, *rest = np.random.get_state()
+    numpy = (name, key.tolist(), *rest)
+    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "rng": rng.bit_generator.state}
 
 
 def set_random_states(rng, states):
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
-    rng.bit_generator.state = states["batches"]
     torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    rng.bit_generator.state = states["rng"]
 
 
 def progress(global_step, total_timesteps, seconds, metrics, eval_return):
     left = int(seconds * max(0, total_timesteps / global_step - 1))
+    evaluated = "" if np.isnan(eval_return) else f"eval {eval_return:.3f}, "
     return (
-        f"step {global_step:,} of {total_timesteps:,}: return {metrics['charts/episodic_return']:.3f}, "
-        f"eval {eval_return:.3f}, {metrics['charts/SPS']:,} steps/s, {left // 60}:{left % 60:02} left"
+        f"step {global_step:,} of {total_timesteps:,}: return {metrics['charts/episodic_return']:.3f}, {evaluated}"
+        f"{metrics['charts/SPS']:,} steps/s, {left // 60}:{left % 60:02} left"
     )
 
 
@@ -194,12 +194,15 @@ def report(global_step, eval_return, args, start_time):
 
 
 def make_env(args, video):
-    env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps or None, **({"render_mode": "rgb_array"} if video else {}))
-    return gym.wrappers.RecordVideo(env, "videos", episode_trigger=lambda n: n == 0, name_prefix=args.env_id) if video else env
+    kwargs = {"render_mode": "rgb_array"} if video else {}
+    env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps or None, **kwargs)
+    if video:
+        env = gym.wrappers.RecordVideo(env, "videos", name_prefix=args.env_id, episode_trigger=lambda n: n == 0)
+    return env
 
 
 def make_envs(args, num_envs, video=False):
-    """num_envs copies of the environment. Autoreset is disabled: `collect` resets each one, with the seed of its episode."""
+    """num_envs copies of the environment. Autoreset is disabled: `collect` resets each, with its episode's seed."""
     makers = [partial(make_env, args, video and number == 0) for number in range(num_envs)]
     try:
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
@@ -221,7 +224,7 @@ def columns(space):
 
 
 def flatten(space, x):
-    """A batch of elements of `space`, as a vector environment gives it, to columns: (N, len(columns(space))) float32."""
+    """A batch of elements of `space`, as a vector environment gives it, to columns, (N, k) float32."""
     if isinstance(space, Tuple):
         return np.concatenate([flatten(part, x[i]) for i, part in enumerate(space)], axis=1)
     if isinstance(space, Dict):
@@ -253,7 +256,7 @@ class OneHot(nn.Module):
 
 
 class Rows(NamedTuple):
-    """Time steps; leading dimensions (T,) or (T, B). The last row of an episode has its final observation, and zeros."""
+    """Time steps, (T,) or (T, B) of them. The last row of an episode has its final observation, and zeros."""
 
     obs: torch.Tensor  # (..., columns of the observation)
     action: torch.Tensor  # (..., columns of the action), taken on obs
@@ -267,11 +270,12 @@ NOISE_BLOCK = 128
 
 @torch.no_grad()
 def collect(envs, network, act, seed, episode, quota):
-    """Start episodes in parallel until `quota` transitions have been played, finish every one of them, return them whole.
+    """Start episodes in parallel until `quota` transitions have been played, finish every one, return them whole.
 
-    act(network, obs (1, N, k), previous action (1, N, a), start (1, N), state, noise (N, 1 + a)) -> action (N, a), state. noise
-    is uniform on [0, 1). Episodes are numbered from `episode` on; each is reset, and gets its noise, by a generator seeded with
-    (*seed, its number), so what happens in it does not depend on what runs beside it. Returns Rows of NumPy arrays, in that order.
+    act(network, obs (1, N, k), previous action (1, N, a), start (1, N), state, noise (N, 1 + a)) -> action (N, a),
+    state; noise is uniform on [0, 1). Episodes are numbered from `episode` on; each is reset, and gets its noise, by a
+    generator seeded with (*seed, its number), so what happens in it does not depend on what runs beside it. Returns a
+    list of Rows of NumPy arrays, in that order.
     """
     N, k = envs.num_envs, len(columns(envs.single_action_space))
     state, device = network.memory.initial_state(N), next(network.parameters()).device
@@ -291,7 +295,7 @@ def collect(envs, network, act, seed, episode, quota):
                 number[i], first[i], generators[i] = episode, len(steps), np.random.default_rng((*seed, episode))
                 seeds[i] = int(generators[i].integers(2**31))
                 episode += 1
-            # an environment that has nothing more to play is reset as well, only because the others can't step without it
+            # one that has nothing more to play is reset as well, only because the others can't step without it
             obs = flatten(envs.single_observation_space, envs.reset(seed=seeds, options={"reset_mask": done})[0])
         age = len(steps) - first
         for i in np.flatnonzero(playing & (age % NOISE_BLOCK == 0)):
@@ -308,7 +312,8 @@ def collect(envs, network, act, seed, episode, quota):
         next_obs = flatten(envs.single_observation_space, next_obs)
         if not (np.isfinite(next_obs[playing]).all() and np.isfinite(reward[playing]).all()):
             bad = ~(np.isfinite(next_obs).all(1) & np.isfinite(reward)) & playing
-            fail(f"{envs.envs[0].spec.id}: an observation or reward is not finite, at step {age[bad][0] + 1} of an episode")
+            step = age[bad][0] + 1
+            fail(f"{envs.envs[0].spec.id}: an observation or reward is not finite, at step {step} of an episode")
         done = terminated | truncated
         steps.append((obs, action, reward.astype(np.float32), terminated, start, next_obs))
         played += playing.sum()
@@ -336,10 +341,9 @@ class Agent(nn.Module):
         d = args.d_model
         self.encoder = nn.Sequential(nn.Linear(features, d), nn.GELU(), nn.Linear(d, d))
         self.memory = MEMORIES[args.memory](d)
-        self.actor, self.critic = (
-            nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, out))
-            for out in (sum(max(n, 1) for n in self.nvec), 1)
-        )
+        self.sizes = [max(n, 1) for n in self.nvec]
+        self.actor = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, sum(self.sizes)))
+        self.critic = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 1))
         self.actor_logstd = nn.Parameter(torch.zeros(len(self.nvec)))
         nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # begin undecided
 
@@ -348,7 +352,7 @@ class Agent(nn.Module):
         if self.encode_action is not None:
             x = torch.cat((x, self.encode_action(previous_action) * ~start[..., None]), -1)
         x, state = self.memory(self.encoder(x), state, start)  # (T, B, d_model)
-        parts = self.actor(x).split([max(n, 1) for n in self.nvec], -1)
+        parts = self.actor(x).split(self.sizes, -1)
         heads = [
             Categorical(logits=part) if n else Normal(part.squeeze(-1), std)
             for n, part, std in zip(self.nvec, parts, self.actor_logstd.exp())
@@ -393,7 +397,8 @@ def run(agent, rows):
 @torch.no_grad()
 def assess(agent, rows, args):
     _, logprob, value = run(agent, rows)
-    # CRUCIAL: the next state is the next row, so next_value is right everywhere, at a truncation and its final observation too
+    # CRUCIAL: the next state is the next row, so next_value is right everywhere, at a truncation and its final
+    # observation too
     t = transitions(rows)
     done = torch.isin(t + 1, t, invert=True)[:, None]
     advantage = torch.zeros_like(value)
@@ -494,10 +499,16 @@ if __name__ == "__main__":
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", global_step)
 
     def save_checkpoint():
-        checkpoint = {"script": os.path.basename(__file__), "args": vars(args), "run_name": run_name}
-        checkpoint |= {"counters": (global_step, num_episodes, num_updates, eval_return), "seconds": time.time() - start_time}
-        checkpoint |= {"learners": {name: part.state_dict() for name, part in learners.items()}}
-        save(f"runs/{run_name}/checkpoint.pt", checkpoint | {"random_states": random_states(rng)})
+        checkpoint = {
+            "script": os.path.basename(__file__),
+            "args": vars(args),
+            "run_name": run_name,
+            "seconds": time.time() - start_time,
+            "counters": (global_step, num_episodes, num_updates, eval_return),
+            "learners": {name: part.state_dict() for name, part in learners.items()},
+            "random_states": random_states(rng),
+        }
+        save(f"runs/{run_name}/checkpoint.pt", checkpoint)
 
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -518,7 +529,7 @@ if __name__ == "__main__":
         metrics["charts/episodic_length"] = np.mean(lengths)
 
         # ALGO LOGIC: training
-        rows = Rows(*(torch.as_tensor(np.concatenate(x), device=device)[:, None] for x in zip(*episodes)))  # (R, 1, ...)
+        rows = Rows(*(torch.as_tensor(np.concatenate(x), device=device)[:, None] for x in zip(*episodes)))
         batch = assess(agent, rows, args)
         try:
             for _ in range(args.update_epochs):
@@ -529,8 +540,7 @@ if __name__ == "__main__":
                     break
         except FloatingPointError as error:
             save_checkpoint()
-            print(f"update {num_updates + 1}: {error}; runs/{run_name}/checkpoint.pt has the weights before it", file=sys.stderr)
-            sys.exit(1)
+            sys.exit(f"update {num_updates + 1}: {error}; the weights before it are in runs/{run_name}/checkpoint.pt")
         t = transitions(rows)
         metrics["losses/explained_variance"] = 1 - batch.advantage[t].var() / (batch.advantage + batch.value)[t].var()
 
@@ -541,7 +551,8 @@ if __name__ == "__main__":
         metrics["charts/SPS"] = int(global_step / (time.time() - start_time))
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, global_step)
-        if over or signals or args.save_frequency and before // args.save_frequency < global_step // args.save_frequency:
+        due = args.save_frequency and before // args.save_frequency < global_step // args.save_frequency
+        if due or over or signals:
             writer.flush()
             save_checkpoint()
         if time.time() - shown > 1:

@@ -1,11 +1,13 @@
-"""ppo_tbb.py beside sb3-contrib's RecurrentPPO: steps and seconds until the training return passes 0.99, in one run of both.
+"""ppo_tbb.py beside sb3-contrib's RecurrentPPO: steps and seconds until the training return passes 0.99, in one run of
+both.
 
     pip install -r benchmarks/requirements.txt && python benchmarks/ppo.py
 
 Both train on popgym-RepeatPreviousEasy-v0, one after the other, each in a process of its own with one torch thread. The
-training return is that of the latest episodes played to learn from: those of an iteration (64) for ppo_tbb.py, the last 100 for
-RecurrentPPO. Seconds count from the start of the process, imports included. Writes benchmarks/ppo.csv.
+training return is that of the latest episodes played to learn from: those of an iteration (64) for ppo_tbb.py, the last
+100 for RecurrentPPO. Seconds count from the start of the process, imports included. Writes benchmarks/ppo.csv.
 """
+
 import argparse
 import csv
 import datetime
@@ -65,11 +67,11 @@ if __name__ == "__main__":
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     rows = [("ppo_tbb.py", *ours(args.seed))]
     begin = time.time()
-    command = [sys.executable, __file__, "--only-sb3", "--seed", str(args.seed), "--sb3-timesteps", str(args.sb3_timesteps)]
+    command = [sys.executable, __file__, "--only-sb3", f"--seed={args.seed}", f"--sb3-timesteps={args.sb3_timesteps}"]
     steps, reached = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
     rows.append(("sb3-contrib RecurrentPPO", int(steps), time.time() - begin, reached == "1"))
 
-    about = f"{datetime.date.today()}, torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread, seed {args.seed}"
+    about = f"{datetime.date.today()}, torch {torch.__version__}, {platform.machine()}, one thread, seed {args.seed}"
     print(f"{ENV_ID}, training return >= {GOAL} ({about})")
     for name, steps, seconds, reached in rows:
         print(f"{name:26} {steps:9,} steps {seconds:7.1f} s{'' if reached else '  (not reached)'}")

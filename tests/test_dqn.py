@@ -1,10 +1,10 @@
 """The two batchings of DQN, and the loss over each of them against a slow one that feeds every history on its own."""
+
 import copy
 import difflib
 from collections import Counter
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -116,7 +116,6 @@ def test_every_transition_is_equally_likely_to_be_trained_on():
 def test_windows_padding_and_mask_by_hand():
     segments = make_buffer(dqn_sbb, segment_length=3, buffer_size=12)
     o = np.arange(1, 6, dtype=np.float32)  # an episode of 4 transitions: o_0 ... o_4 are 1 ... 5
-    zeros = np.zeros(5, dtype=bool)
     action = np.array([[1], [0], [1], [1], [0]], dtype=np.float32)
     reward = np.array([10, 20, 30, 40, 0], dtype=np.float32)
     segments.add(Rows(np.repeat(o[:, None], 4, 1), action, reward, np.arange(5) == 3, np.arange(5) == 0))
@@ -202,7 +201,8 @@ def test_targets_see_the_true_history(memory, previous_action):
     """Each value and each target from a network that is fed o_0 ... o_t (... o_{t+1}) on its own, row by row."""
     args, q_network, target_network = make_networks(memory, previous_action=previous_action, max_grad_norm=1e9)
     rng = np.random.default_rng(0)
-    episodes = [make_episode(rng, n, terminated=terminated) for n, terminated in [(3, True), (1, False), (6, False), (1, True)]]
+    kinds = [(3, True), (1, False), (6, False), (1, True)]
+    episodes = [make_episode(rng, n, terminated=terminated) for n, terminated in kinds]
     loss, gradient = loss_and_gradient(dqn_tbb, args, q_network, target_network, end_to_end(episodes))
 
     def value(network, episode, t):  # of the history up to row t
@@ -289,13 +289,14 @@ BATCHING = [  # the only places where the files may differ, as (the last line be
     ("def update(", "    inputs = "),
     ("    inputs = ", "    with torch.no_grad():"),  # shapes
     ("    old_val = ", "    optimizer.zero_grad()"),  # the loss
-    ('    return {"losses/td_loss"', "def evaluate("),
-    ("    optimizer = torch.optim", "    writer = "),  # which class stores episodes
+    ('        "losses/td_loss"', "    }"),  # the padding is logged
+    ("    optimizer = torch.optim", "    learners = "),  # which class stores episodes
 ]
 
 
 def test_the_files_differ_in_batching_alone():
-    tbb, sbb = (Path(script.__file__).read_text().replace("dqn_sbb", "dqn_tbb").splitlines() for script in (dqn_tbb, dqn_sbb))
+    texts = [Path(script.__file__).read_text().replace("dqn_sbb", "dqn_tbb") for script in (dqn_tbb, dqn_sbb)]
+    tbb, sbb = (text.splitlines() for text in texts)
     allowed = []
     for before, after in BATCHING:
         first = next(i for i, line in enumerate(tbb) if line.startswith(before))

@@ -2,6 +2,7 @@
 
 Shapes: T rows, B parallel sequences, D features. Everything is in float64 or complex128 unless a test says otherwise.
 """
+
 import copy
 import math
 

@@ -1,4 +1,5 @@
 """PPO on a tape: what holds before the first step, whose loss reaches whom, and the advantages against a plain loop."""
+
 from functools import partial
 
 import gymnasium as gym
@@ -79,7 +80,7 @@ def test_ratio_is_1_and_kl_0_before_the_first_step(memory, action_kind):
 
 @pytest.mark.parametrize("action_kind", range(3), ids=["discrete", "multidiscrete", "box"])
 def test_the_policy_that_played_is_the_one_that_is_assessed(action_kind):
-    """The log-probability of each action as it was played, with the state carried along, is the one that `assess` finds."""
+    """The log-probability of each action as it was played, state carried along, is what `assess` finds."""
     args, agent, _, _ = play(action_kind=action_kind)
     envs, played = ppo_tbb.make_envs(args, 3), {}
 
@@ -126,7 +127,7 @@ def test_gae_on_a_collected_tape_is_a_plain_loop_over_each_episode():
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_no_transition_of_one_episode_affects_anothers_loss_gradient(memory):
-    """The gradient of the loss on two episodes is the sum of their own; and changing one leaves the other's as it was."""
+    """The gradient of the loss on two episodes is the sum of their own, whatever the other is."""
     args, agent, episodes, _ = play(memory, norm_adv=False, max_grad_norm=1e9)
 
     def gradient(*episodes):
@@ -142,7 +143,8 @@ def test_no_transition_of_one_episode_affects_anothers_loss_gradient(memory):
         together, others = gradient(other, a), gradient(other)
         for name in alone:
             scale = others[name].abs().max().item() + 1
-            torch.testing.assert_close(together[name] - others[name], alone[name], rtol=1e-3, atol=1e-5 * scale, msg=name)
+            rest = together[name] - others[name]
+            torch.testing.assert_close(rest, alone[name], rtol=1e-3, atol=1e-5 * scale, msg=name)
 
 
 @pytest.mark.parametrize("num_minibatches", [1, 3, 4, 1000])

@@ -1,4 +1,5 @@
 """What the three scripts share, tested in each of them: spaces, `collect`, the command line."""
+
 import re
 import runpy
 import sys
