@@ -118,6 +118,10 @@ def parse_args(default=None):
             box = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:-1]]
             fail(" ".join(itertools.takewhile(lambda line: not line.startswith("──"), box)))
         raise
+    return args
+
+
+def check(args):
     positive = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "d_model")
     least = dict.fromkeys(("seed", "max_episode_steps", "save_frequency"), 0)
     least |= dict.fromkeys((*positive, "eval_frequency", "eval_episodes"), 1)
@@ -126,7 +130,6 @@ def parse_args(default=None):
             fail(f"--{name.replace('_', '-')} must be {value} or more, not {getattr(args, name)}")
     if args.capture_video and not args.evaluate:
         fail("--capture-video records an evaluation: it goes with --evaluate")
-    return args
 
 
 # what --resume and --evaluate may change; with anything else changed it would be another run
@@ -265,6 +268,22 @@ class Rows(NamedTuple):
     start: torch.Tensor  # (...) bool: the episode's first row
 
 
+@contextlib.contextmanager
+def blame(envs):
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"raised by the environment {envs.envs[0].spec.id}")
+        raise
+
+
+def require_finite(envs, x, playing, step):
+    bad = playing & ~np.isfinite(x).all(1)
+    if bad.any():
+        where = f"at step {step[bad][0]} of an episode"
+        fail(f"{envs.envs[0].spec.id}: an observation or reward is not finite, {where}")
+
+
 NOISE_BLOCK = 128
 
 
@@ -296,7 +315,10 @@ def collect(envs, network, act, seed, episode, quota):
                 seeds[i] = int(generators[i].integers(2**31))
                 episode += 1
             # one that has nothing more to play is reset as well, only because the others can't step without it
-            obs = flatten(envs.single_observation_space, envs.reset(seed=seeds, options={"reset_mask": done})[0])
+            with blame(envs):
+                obs, _ = envs.reset(seed=seeds, options={"reset_mask": done})
+            obs = flatten(envs.single_observation_space, obs)
+            require_finite(envs, obs, playing, len(steps) - first)
         age = len(steps) - first
         for i in np.flatnonzero(playing & (age % NOISE_BLOCK == 0)):
             noise[i] = generators[i].random(noise.shape[1:], dtype=np.float32)
@@ -304,16 +326,10 @@ def collect(envs, network, act, seed, episode, quota):
         now = torch.as_tensor(noise[np.arange(N), age % NOISE_BLOCK], device=device)
         action, state = act(network, *inputs, state, now)
         action = action.cpu().numpy()
-        try:
+        with blame(envs):
             next_obs, reward, terminated, truncated, _ = envs.step(unflatten(envs.single_action_space, action))
-        except Exception as error:
-            error.add_note(f"raised by {envs.envs[0].spec.id}, {age.max() + 1} steps or fewer into an episode")
-            raise
         next_obs = flatten(envs.single_observation_space, next_obs)
-        if not (np.isfinite(next_obs[playing]).all() and np.isfinite(reward[playing]).all()):
-            bad = ~(np.isfinite(next_obs).all(1) & np.isfinite(reward)) & playing
-            step = age[bad][0] + 1
-            fail(f"{envs.envs[0].spec.id}: an observation or reward is not finite, at step {step} of an episode")
+        require_finite(envs, np.column_stack((next_obs, reward)), playing, age + 1)
         done = terminated | truncated
         steps.append((obs, action, reward.astype(np.float32), terminated, start, next_obs))
         played += playing.sum()
@@ -354,7 +370,7 @@ class Agent(nn.Module):
         x, state = self.memory(self.encoder(x), state, start)  # (T, B, d_model)
         parts = self.actor(x).split(self.sizes, -1)
         heads = [
-            Categorical(logits=part) if n else Normal(part.squeeze(-1), std)
+            Categorical(logits=part, validate_args=False) if n else Normal(part.squeeze(-1), std, validate_args=False)
             for n, part, std in zip(self.nvec, parts, self.actor_logstd.exp())
         ]  # distributions over (T, B), one for each column of the action
         return heads, self.critic(x).squeeze(-1), state
@@ -422,7 +438,7 @@ def update(agent, optimizer, batch, args):
     ratio = logratio.exp()
     advantage, returns = batch.advantage[t], batch.advantage[t] + batch.value[t]
     if args.norm_adv:
-        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
 
     # Policy loss
     clipped = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
@@ -466,6 +482,7 @@ if __name__ == "__main__":
     saved = None
     if args.resume or args.evaluate:
         saved, args = load(args)
+    check(args)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -476,6 +493,10 @@ if __name__ == "__main__":
     if args.capture_video and "rgb_array" not in envs.metadata["render_modes"]:
         fail(f"--capture-video: {args.env_id} does not render")
     eval_envs = make_envs(args, args.eval_episodes, video=args.capture_video)
+    if not isinstance(envs.single_action_space, (Box, Discrete, MultiDiscrete)):
+        fail(
+            f"{args.env_id} has the actions {envs.single_action_space}: PPO takes Discrete, MultiDiscrete and flat Box"
+        )
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     learners = {"agent": agent, "optimizer": optimizer}
@@ -484,8 +505,11 @@ if __name__ == "__main__":
     global_step, num_episodes, num_updates, eval_return = 0, 0, 0, float("nan")
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(start_time)}"
     if saved:
-        for name, part in learners.items():
-            part.load_state_dict(saved["learners"][name])
+        try:
+            for name, part in learners.items():
+                part.load_state_dict(saved["learners"][name])
+        except (KeyError, RuntimeError, ValueError):
+            fail(f"{args.resume or args.evaluate} is of another shape: has {args.env_id} or the code changed since?")
         global_step, num_episodes, num_updates, eval_return = saved["counters"]
         start_time -= saved["seconds"]
         run_name = saved["run_name"]
@@ -552,7 +576,7 @@ if __name__ == "__main__":
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, global_step)
         due = args.save_frequency and before // args.save_frequency < global_step // args.save_frequency
-        if due or over or signals:
+        if due or over:
             writer.flush()
             save_checkpoint()
         if time.time() - shown > 1:
@@ -563,6 +587,7 @@ if __name__ == "__main__":
     eval_envs.close()
     writer.close()
     if signals:
+        save_checkpoint()
         print(f"stopped at step {global_step:,}; go on with --resume runs/{run_name}/checkpoint.pt")
         sys.exit(128 + signals[0])
     report(global_step, eval_return, args, start_time)
