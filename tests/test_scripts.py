@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import signal
 import sys
 from functools import partial
 
@@ -163,11 +164,15 @@ def run(script, capsys, monkeypatch, tmp_path, *flags):
     path = script.__file__
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [path, *map(str, flags)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     status = 0
     try:
         runpy.run_path(path, run_name="__main__")
     except SystemExit as stop:
         status = stop.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # so that Ctrl-C stops pytest again
     return status, *capsys.readouterr()
 
 
