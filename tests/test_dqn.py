@@ -284,7 +284,7 @@ BATCHING = [  # the only places where the files may differ, as (the last line be
     ('"""', "After "),  # the module's docstring: what this file is
     ("    buffer_size: int", "    gamma: float"),
     ("    batch_size: int", "    start_e: float"),
-    ("            fail(f\"--{name.replace('_', '-')} must be", "    return args"),
+    ("            fail(f\"--{name.replace('_', '-')} must be", "    if args.capture_video"),
     ("    return (action[:, None]", "def update("),  # the class that stores episodes and samples batches
     ("def update(", "    inputs = "),
     ("    inputs = ", "    with torch.no_grad():"),  # shapes
