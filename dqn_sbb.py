@@ -491,6 +491,8 @@ if __name__ == "__main__":
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # tensors this small gain little from more, and lose much where cores are shared
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
     envs = make_envs(args, args.num_envs)
