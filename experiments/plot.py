@@ -48,15 +48,19 @@ BARS = [("black", ""), ("#bbbbbb", "//"), ("white", ".."), ("#777777", "xx"), ("
 # Runs, and means over them
 
 
-def load(path):
+def read(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def runs_of(rows):
     """The runs of a CSV: dicts of its columns, and arrays of those in SERIES; sensitivity is a list of arrays."""
     runs = {}
-    with open(path) as file:
-        for row in csv.DictReader(file):
-            run = runs.setdefault(row["run"], row | {name: [] for name in (*SERIES, "sensitivity")})
-            for name in SERIES:
-                run[name].append(float(row[name] or "nan"))
-            run["sensitivity"].append(np.array(row["sensitivity"].split(), dtype=float))
+    for row in rows:
+        run = runs.setdefault(row["run"], row | {name: [] for name in (*SERIES, "sensitivity")})
+        for name in SERIES:
+            run[name].append(float(row[name] or "nan"))
+        run["sensitivity"].append(np.array(row["sensitivity"].split(), dtype=float))
     for run in runs.values():
         run |= {name: np.array(run[name]) for name in SERIES}
         run["task"] = run["env_id"].removeprefix("popgym-").removesuffix("-v0")
@@ -482,21 +486,49 @@ def ablations(runs, results, figures):
     summarise(results / "ablations_summary.csv", table)
 
 
+def returns(rows, results, figures):
+    """From benchmarks/returns.py: milliseconds for a tape of so many episodes."""
+    *rows, last_line = rows  # which says where it was measured
+    about = last_line["what"]
+    values = lambda name: list(dict.fromkeys(row[name] for row in rows))
+    contestants, table = values("contestant"), []
+    figure, axes = panels(len(values("what")), len(values("up to")), 3.2, 2.4, sharey="row")
+    for ax, (what, longest) in zip(axes.flat, itertools.product(values("what"), values("up to"))):
+        here = [row for row in rows if (row["what"], row["up to"]) == (what, longest)]
+        for i, name in enumerate(contestants):
+            own = [row for row in here if row["contestant"] == name]
+            x, ms = ([float(row[column]) for row in own] for column in ("episodes", "ms"))
+            color, linestyle, marker = LINES[i]
+            ax.loglog(x, ms, color=color, linestyle=linestyle, marker=marker, markersize=4, label=name)
+        ax.set_title(f"{what}, episodes of up to {longest} steps", fontsize=9)
+        ax.set_xlabel("episodes")
+        ax.grid(alpha=0.3)
+        for episodes in dict.fromkeys(row["episodes"] for row in here):
+            ms = {row["contestant"]: row["ms"] for row in here if row["episodes"] == episodes}
+            table.append({"what": what, "up to": longest, "episodes": episodes})
+            table[-1] |= {f"{name}, ms": ms.get(name, "") for name in contestants}
+    for row in axes:
+        row[0].set_ylabel("milliseconds")
+    title = "Discounted returns and advantages of a whole tape\n" + about
+    finish(figure, title, figures / "returns.png", axes[0, 0])
+    summarise(results / "returns_summary.csv", table)
+
+
 def main():
-    sources = {
-        name: f"{name}.csv" for name in ("sample_efficiency", "sensitivity", "wall_clock", "recall", "ablations")
-    }
-    sources["padding"] = "sample_efficiency.csv"
+    names = ["sample_efficiency", "sensitivity", "padding", "wall_clock", "returns", "recall", "ablations"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(sources))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
     parser.add_argument("--results", type=Path, default=ROOT / "experiments" / "results")
     args = parser.parse_args()
-    if wrong := set(args.names) - set(sources):
-        parser.error(f"{' '.join(wrong)}: there are {', '.join(sources)}")
-    for name in args.names or sources:
-        path = args.results / sources[name]
+    if wrong := set(args.names) - set(names):
+        parser.error(f"{' '.join(wrong)}: there are {', '.join(names)}")
+    for name in args.names or names:
+        path = args.results / f"{'sample_efficiency' if name == 'padding' else name}.csv"
+        if name == "returns":
+            path = ROOT / "benchmarks" / path.name
         if args.names or path.exists():
-            globals()[name](load(path), args.results, args.results.parent / "figures")
+            rows = read(path)
+            globals()[name](rows if name == "returns" else runs_of(rows), args.results, args.results.parent / "figures")
 
 
 if __name__ == "__main__":

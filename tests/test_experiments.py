@@ -271,7 +271,7 @@ def test_every_experiment_gives_its_figures_and_tables(smoke):
         [sys.executable, SWEEP.with_name("plot.py"), "--results", smoke], check=True, capture_output=True, text=True
     )
     names = ["sample_efficiency", "sample_efficiency_curves", "sensitivity_RepeatPreviousEasy", "wall_clock"]
-    names += ["recall", "ablations", "padding"]
+    names += ["recall", "ablations", "padding", *["returns"] * (ROOT / "benchmarks" / "returns.csv").exists()]
     assert {path.stem for path in (smoke.parent / "figures").iterdir()} == set(names)
     for path in smoke.glob("*_summary.csv"):
         assert len(path.read_text().splitlines()) > 1 and str(path) in plot.stdout
