@@ -91,6 +91,8 @@ class Args:
     """transitions between two evaluations"""
     eval_episodes: int = 32
     """greedy episodes in an evaluation"""
+    log_sensitivity: bool = False
+    """with every evaluation, log how far back the Q values look: charts/sensitivity, by age"""
     save_frequency: int = 0
     """transitions between two checkpoints, runs/<name>/checkpoint.pt; 0 saves at the end only"""
     resume: str = ""
@@ -472,6 +474,29 @@ def evaluate(envs, q_network, args):
     return float(np.mean([episode.reward.sum() for episode in episodes]))
 
 
+def sensitivity(envs, q_network, args):
+    """How much a decision depends on what was seen long before: |d Q(s_n, a_n) / d o_i| by age n - i.
+
+    n is the last transition of an episode that `evaluate` plays, o_i the features of an observation, and Q that of the
+    whole history. Episodes are laid end to end: nothing passes between them, so one backward pass serves all. Returns
+    (ages,), from age 0 to that of the longest episode's first row; the mean over the episodes that are old enough.
+    """
+    episodes = collect(envs, q_network, partial(policy, epsilon=0.0), (args.seed, 1), episode=0, quota=1)
+    device = q_network.nvec.device
+    rows = Rows(*(torch.as_tensor(np.concatenate(x), device=device)[:, None] for x in zip(*episodes)))
+    age = torch.cat([torch.arange(len(e.start) - 2, -2, -1, device=device) for e in episodes])  # -1: final observation
+    features = []
+    hook = q_network.encode_obs.register_forward_hook(lambda *call: features.append(call[-1].requires_grad_()))
+    q, _ = q_network(rows.obs, rows.action.roll(1, 0), rows.start, q_network.memory.initial_state(1))
+    hook.remove()
+    last = age == 0
+    action = (rows.action[last] * q_network.stride).sum(-1, keepdim=True).long()
+    (gradient,) = torch.autograd.grad(q[last].gather(-1, action).sum(), features)  # (R, 1, features)
+    norm = gradient[age >= 0, 0].norm(dim=-1)
+    age = age[age >= 0]
+    return torch.bincount(age, norm) / torch.bincount(age)
+
+
 def linear_schedule(start_e, end_e, duration, t):
     slope = (end_e - start_e) / duration
     return max(slope * t + start_e, end_e)
@@ -573,6 +598,8 @@ if __name__ == "__main__":
         over = global_step >= args.total_timesteps
         if over or before // args.eval_frequency < global_step // args.eval_frequency:
             metrics["charts/eval_return"] = eval_return = evaluate(eval_envs, q_network, args)
+            if args.log_sensitivity:
+                writer.add_tensor("charts/sensitivity", sensitivity(eval_envs, q_network, args), global_step)
         metrics["charts/SPS"] = int(global_step / (time.time() - start_time))
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, global_step)

@@ -1,0 +1,65 @@
+"""sb3-contrib's RecurrentPPO (an LSTM trained on segments), for comparison; evaluates and logs as the scripts here do.
+
+    python experiments/recurrent_ppo.py --env-id popgym-RepeatPreviousMedium-v0 --total-timesteps 250000
+
+Arguments that aren't offered are its defaults. Tags in TensorBoard: charts/eval_return (greedy episodes on a fresh
+environment) and charts/episodic_return (the last 100 training episodes).
+"""
+
+import argparse
+import time
+
+import numpy as np
+import popgym  # noqa: F401  registers popgym-*
+from sb3_contrib import RecurrentPPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Evaluate(BaseCallback):
+    """Before a rollout that follows an evaluation's due step; and when it is called."""
+
+    def __init__(self, envs, args):
+        super().__init__()
+        self.envs, self.args, self.evaluated = envs, args, 0
+        self.writer = SummaryWriter(f"runs/{args.env_id}__recurrent_ppo__{args.seed}__{int(time.time())}")
+        self.writer.add_text("hyperparameters", str(vars(args)))
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_start(self):
+        if self.evaluated // self.args.eval_frequency < self.num_timesteps // self.args.eval_frequency:
+            self.evaluate()
+
+    def evaluate(self):
+        returns, _ = evaluate_policy(self.model, self.envs, self.args.eval_episodes, return_episode_rewards=True)
+        self.evaluated = self.num_timesteps
+        recent = [episode["r"] for episode in self.model.ep_info_buffer]
+        self.writer.add_scalar("charts/eval_return", np.mean(returns), self.num_timesteps)
+        if recent:
+            self.writer.add_scalar("charts/episodic_return", np.mean(recent), self.num_timesteps)
+        return np.mean(returns)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env-id", default="popgym-RepeatPreviousMedium-v0")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--total-timesteps", type=int, default=250_000)
+    parser.add_argument("--num-envs", type=int, default=16)
+    parser.add_argument("--num-steps", type=int, default=128)
+    parser.add_argument("--eval-frequency", type=int, default=10_000)
+    parser.add_argument("--eval-episodes", type=int, default=32)
+    args = parser.parse_args()
+    envs = make_vec_env(args.env_id, args.num_envs, args.seed)
+    callback = Evaluate(make_vec_env(args.env_id, args.eval_episodes, args.seed + 1_000_000), args)
+    model = RecurrentPPO("MlpLstmPolicy", envs, n_steps=args.num_steps, seed=args.seed, device="cpu")
+    start_time = time.time()
+    model.learn(args.total_timesteps, callback)
+    eval_return = callback.evaluate()
+    callback.writer.close()
+    global_step, seconds = model.num_timesteps, time.time() - start_time
+    print(f"final: {global_step=} {eval_return=:.4f} eval_episodes={args.eval_episodes} {seconds=:.1f}")

@@ -1,0 +1,386 @@
+"""Runs the experiments: every script x task x memory x segment length x variant x seed of a table, in parallel.
+
+    pip install -r experiments/requirements.txt
+    python experiments/sweep.py sample_efficiency sensitivity      # on this machine, a run on each core
+    python experiments/sweep.py ablations --ray auto               # or on the Ray cluster that is running
+
+Appends to experiments/results/NAME.csv, one row an evaluation. A run's rows are written when it has finished: started
+again, a sweep skips what is there and redoes what was killed. Seconds are honest only with --jobs below the number of
+cores.
+
+    run               script, task and all else that tells a run from others
+    script, env_id, memory, segment_length (empty: TBB), seed, variant, total_timesteps     the same, one by one
+    step, seconds     of the evaluation, since the start
+    eval_return       mean undiscounted return of greedy episodes
+    episodic_return, td_loss, padding, q_values     means of what was logged since the evaluation before
+    sensitivity       |d Q(s_n, a_n) / d o_i| by age n - i = 0, 1, 2, ..., separated by spaces (see dqn_tbb.sensitivity)
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent.absolute()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is run. Each line of an experiment is a cross product; a task's number is its total_timesteps
+
+TBB, SBB, PPO = "dqn_tbb.py", "dqn_sbb.py", "experiments/recurrent_ppo.py"
+MONOIDS = ["lru", "s5", "ffm", "linear_transformer"]
+LENGTHS = [10, 20, 50, 100]
+TASKS = {
+    "RepeatPreviousEasy": 40_000,
+    "RepeatPreviousMedium": 150_000,
+    "RepeatFirstEasy": 40_000,
+    "CountRecallEasy": 40_000,
+    "PositionOnlyCartPoleEasy": 40_000,
+    "AutoencodeEasy": 40_000,
+}
+RECALL = {"RepeatPreviousEasy": 40_000, "RepeatFirstEasy": 40_000}
+FAR = {"RepeatPreviousMedium": 250_000, "RepeatPreviousHard": 500_000}
+
+EXPERIMENTS = {
+    "sample_efficiency": [
+        dict(script=[TBB], task=TASKS, memory=MONOIDS),
+        dict(script=[SBB], task=TASKS, memory=MONOIDS, segment_length=LENGTHS),
+    ],
+    "sensitivity": [
+        dict(script=[TBB], task=RECALL, memory=MONOIDS, flags=["--log-sensitivity"]),
+        dict(script=[SBB], task=RECALL, memory=MONOIDS, segment_length=[10], flags=["--log-sensitivity"]),
+    ],
+    "wall_clock": [
+        dict(script=[TBB], task=RECALL, memory=["lru"]),
+        dict(script=[SBB], task=RECALL, memory=["lru"], segment_length=[10, 50]),
+        dict(script=[TBB], task=RECALL, memory=["gru"]),
+    ],
+    "recall": [
+        dict(script=[TBB], task=FAR, memory=["lru"]),
+        dict(script=[PPO], task=FAR),
+    ],
+    "ablations": [
+        dict(script=[TBB], task=TASKS, memory=["lru"]),
+        dict(script=[TBB], task=TASKS, memory=["lru"], variant=["authors_next_value", "cut_last_episode"]),
+        dict(script=[TBB], task=TASKS, memory=["lru"], variant=["prioritised", "no_previous_action"]),
+        dict(script=[SBB], task=TASKS, memory=["lru"], segment_length=[20], variant=["", "burn_in"]),
+    ],
+}
+EVALUATIONS = 20  # in a run
+SMOKE_TIMESTEPS = 600
+SMOKE = "--num-envs 4 --num-steps 16 --eval-episodes 4"
+SMOKE_DQN = "--d-model 16 --learning-starts 100"
+
+# A variant of a script is more flags, or the script with some of its text replaced
+FLAGS = {"no_previous_action": ["--no-previous-action"], "burn_in": ["--burn-in", "10"]}
+EDITS = {
+    # the target and the online network run over a tape of next observations, with the start flags of the transitions:
+    # what they remember begins with o_1 (losses.py: tape_ddqn_loss in github.com/proroklab/memory-monoids)
+    "authors_next_value": [
+        (
+            "        q_target, _ = target_network(*inputs)\n        best = q[after]",
+            "        inputs = (rows.obs[after], rows.action[now], rows.start[now], q_network.memory.initial_state(1))\n"
+            "        q_target, _ = target_network(*inputs)\n        best = q_network(*inputs)[0]",
+        ),
+        ("q_target[after]", "q_target"),
+    ],
+    # every batch has exactly batch_size transitions (buffer.py: TapeBuffer.sample, there)
+    "cut_last_episode": [
+        (
+            "return rows, (~rows.start[1:, 0]).nonzero().squeeze(1)\n",
+            "return rows, (~rows.start[1:, 0]).nonzero().squeeze(1)[:batch_size]\n",
+        )
+    ],
+    # episodes are drawn with probability ~ priority^0.6, the priority being the mean |TD error| when it was last drawn
+    # and that of a new one the largest; importance weights (N p)^-beta over their maximum, beta from 0.4 to 1
+    "prioritised": [
+        ("        self.end = 0\n", "        self.end, self.priority = 0, []\n"),
+        ("            self.episodes.pop(0)\n", "            self.episodes.pop(0), self.priority.pop(0)\n"),
+        (
+            "        self.episodes.append((self.end, rows))\n",
+            "        self.episodes.append((self.end, rows))\n"
+            "        self.priority.append(max(self.priority, default=1.0))\n",
+        ),
+        ("def sample(self, batch_size, rng):", "def sample(self, batch_size, rng, beta):"),
+        (
+            "        at, transitions = [], 0\n",
+            "        at, transitions, self.drawn, self.lengths = [], 0, [], []\n"
+            "        p = np.array(self.priority) ** 0.6\n"
+            "        p /= p.sum()\n",
+        ),
+        (
+            "            first, rows = self.episodes[rng.integers(len(self.episodes))]\n",
+            "            self.drawn.append(int(rng.choice(len(p), p=p)))\n"
+            "            first, rows = self.episodes[self.drawn[-1]]\n"
+            "            self.lengths.append(rows - 1)\n",
+        ),
+        (
+            "        return rows, (~rows.start[1:, 0]).nonzero().squeeze(1)\n",
+            "        weight = np.repeat((len(p) * p[self.drawn]) ** -beta, self.lengths)\n"
+            "        weight = torch.as_tensor(weight / weight.max(), dtype=torch.float32, device=rows.reward.device)\n"
+            "        return rows, (~rows.start[1:, 0]).nonzero().squeeze(1), weight[:, None]\n\n"
+            "    def prioritise(self, error):\n"
+            "        for i, e in zip(self.drawn, error.split(self.lengths)):\n"
+            "            self.priority[i] = e.mean().item()\n",
+        ),
+        ("    rows, t = batch\n", "    rows, t, weight = batch\n"),
+        (
+            "    loss = F.smooth_l1_loss(old_val, td_target)\n",
+            '    loss = (F.smooth_l1_loss(old_val, td_target, reduction="none") * weight).mean()\n',
+        ),
+        (
+            '        "losses/td_loss": loss.detach(),\n',
+            '        "losses/td_loss": loss.detach(),\n        "error": (old_val - td_target).detach().abs(),\n',
+        ),
+        (
+            "buffer.sample(args.batch_size, rng)",
+            "buffer.sample(args.batch_size, rng, min(1, 0.4 + 0.6 * global_step / args.total_timesteps))",
+        ),
+        (
+            "                num_updates += 1\n",
+            '                buffer.prioritise(metrics.pop("error"))\n                num_updates += 1\n',
+        ),
+    ],
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+class Run(NamedTuple):
+    script: str
+    task: str
+    memory: str = ""
+    segment_length: int | str = ""
+    variant: str = ""
+    seed: int = 1
+    total_timesteps: int = 0
+    flags: tuple = ()
+
+    @property
+    def key(self):
+        length = f"L={self.segment_length}" if self.segment_length else ""
+        parts = (Path(self.script).stem, self.task, self.memory, length, self.variant, *self.flags)
+        return " ".join(part for part in (*parts, f"{self.total_timesteps} steps", f"seed {self.seed}") if part)
+
+    @property
+    def columns(self):
+        named = dict(run=self.key, script=Path(self.script).stem, env_id=f"popgym-{self.task}-v0", memory=self.memory)
+        named |= dict(segment_length=self.segment_length, seed=self.seed, variant=self.variant)
+        return named | dict(total_timesteps=self.total_timesteps)
+
+
+MEANS = ["charts/episodic_return", "losses/td_loss", "losses/padding", "losses/q_values"]
+COLUMNS = [*Run("", "").columns, "step", "seconds", "eval_return", *(tag.split("/")[1] for tag in MEANS), "sensitivity"]
+
+
+def command(run):
+    """The script's arguments, itself excluded."""
+    flags = ["--env-id", f"popgym-{run.task}-v0", "--seed", run.seed, "--total-timesteps", run.total_timesteps]
+    flags += ["--eval-frequency", max(1, run.total_timesteps // EVALUATIONS)]
+    flags += ["--memory", run.memory] if run.memory else []
+    flags += ["--segment-length", run.segment_length] if run.segment_length else []
+    return [*map(str, flags), *FLAGS.get(run.variant, []), *run.flags]
+
+
+def edited(text, variant):
+    """The text of a script with a variant's edits made. ValueError: one doesn't fit, so the script has changed."""
+    for old, new in EDITS.get(variant, []):
+        if text.count(old) != 1:
+            raise ValueError(f"{variant}: found {text.count(old)} times, not once: {old!r}")
+        text = text.replace(old, new)
+    return text
+
+
+def play(run, root, processes):
+    """One run of a script, as a subprocess in a folder of its own. root: of the repository; processes: a list of those
+    that were started, to which it adds its own.
+
+    Returns the rows that it adds to the CSV. Raises RuntimeError, with the last line of stderr, where it fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, Path(run.script).name)
+        script.write_text(edited(Path(root, run.script).read_text(), run.variant))
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(Path(root).absolute()),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        # in a session of its own: Ctrl-C is for the sweep, which then ends its processes
+        with subprocess.Popen(
+            [sys.executable, script, *command(run)], cwd=folder, env=env, start_new_session=True, **pipes
+        ) as process:
+            processes.append(process)
+            _, err = process.communicate()
+        if process.returncode:
+            last = (err.strip().splitlines() or ["nothing on stderr"])[-1]
+            raise RuntimeError(f"exit status {process.returncode}: {last}")
+        (log,) = Path(folder, "runs").iterdir()
+        return read_log(run, log)
+
+
+def read_log(run, folder):
+    """A run's TensorBoard log as rows, one an evaluation; numbers are rounded, because the CSVs are kept in git."""
+    log = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    tags = log.Tags()
+    tensors = log.Tensors("charts/sensitivity") if "charts/sensitivity" in tags["tensors"] else []
+    sensitivity = {e.step: make_ndarray(e.tensor_proto) for e in tensors}
+    rows, before = [], -1
+    for e in log.Scalars("charts/eval_return"):
+        row = run.columns | {"step": e.step, "seconds": f"{e.wall_time - log.FirstEventTimestamp():.1f}"}
+        row["eval_return"] = f"{e.value:.5g}"
+        for tag in set(MEANS) & set(tags["scalars"]):
+            values = [x.value for x in log.Scalars(tag) if before < x.step <= e.step]
+            row[tag.split("/")[1]] = f"{np.mean(values):.4g}" if values else ""
+        row["sensitivity"] = " ".join(f"{x:.3g}" for x in sensitivity.get(e.step, []))
+        rows.append(row)
+        before = e.step
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of them
+
+
+def runs_of(name, seeds, tasks=None, smoke=False):
+    """The runs of an experiment's table. A smoke test's are short, and of each line's first task, memory and length."""
+    runs = []
+    for line in EXPERIMENTS[name]:
+        axes = {axis: list(line.get(axis, [""])) for axis in Run._fields[:5]} | {"seed": seeds}
+        flags = line.get("flags", [])
+        if smoke:
+            axes |= {axis: axes[axis][:1] for axis in ("task", "memory", "segment_length", "seed")}
+            flags = [*flags, *SMOKE.split(), *(SMOKE_DQN.split() if line["script"] != [PPO] else [])]
+        for script, task, *rest in itertools.product(*axes.values()):
+            if not tasks or task in tasks:
+                steps = SMOKE_TIMESTEPS if smoke else line["task"][task]
+                runs.append(Run(script, task, *rest, steps, tuple(flags)))
+    return runs
+
+
+def finished(path):
+    """The keys of the runs that a CSV holds whole. What a kill left of another, half a line even, is removed."""
+    if not path.exists():
+        return set()
+    text = path.read_text()
+    rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    done = {row["run"] for row in rows if int(row["step"]) >= int(row["total_timesteps"])}
+    whole = io.StringIO()
+    append(whole, [row for row in rows if row["run"] in done])
+    if whole.getvalue() != text:
+        path.with_suffix(".tmp").write_text(whole.getvalue())
+        os.replace(path.with_suffix(".tmp"), path)
+    return done
+
+
+def append(file, rows):
+    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    if not file.tell():
+        writer.writeheader()
+    writer.writerows(rows)
+
+
+def outcome(play):
+    """What play() returns, or the exception that it raises."""
+    try:
+        return play()
+    except Exception as error:
+        return error
+
+
+def here(runs, jobs):
+    """Plays runs on this machine, `jobs` at a time. Yields (run, rows or exception), whichever is finished."""
+    processes = []
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(play, run, ROOT, processes): run for run in runs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], outcome(future.result)
+        finally:  # after an interrupt nothing more is started, and what runs is killed
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in futures):
+                for process in processes:
+                    process.kill()
+                time.sleep(0.1)
+
+
+def on_ray(runs, address):
+    """The same on a Ray cluster, whose workers get the repository and need the packages."""
+    import ray
+
+    excludes = [".git", ".venv", "runs", "videos", "/experiments/results", "/experiments/figures"]
+    ray.init(address, runtime_env={"working_dir": str(ROOT), "excludes": excludes}, log_to_driver=False)
+    task = ray.remote(num_cpus=1)(play)
+    waiting = {task.remote(run, ".", []): run for run in runs}
+    try:
+        while waiting:
+            (done,), _ = ray.wait(list(waiting))
+            yield waiting.pop(done), outcome(lambda: ray.get(done))
+    finally:
+        ray.shutdown()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--tasks", nargs="+", help="only these, named as in the table")
+    parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster")
+    parser.add_argument("--smoke", action="store_true", help="tiny runs; their results go to a temporary folder")
+    parser.add_argument("--results", type=Path, help="another folder for the CSVs")
+    args = parser.parse_args()
+    known = {task for name in args.names for line in EXPERIMENTS[name] for task in line["task"]}
+    if wrong := set(args.tasks or []) - known:
+        parser.error(f"--tasks {' '.join(wrong)}: there are {' '.join(sorted(known))}")
+    folder = args.results or (Path(tempfile.mkdtemp()) if args.smoke else ROOT / "experiments" / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    paths = {}  # of each run's CSV; two experiments may have a run in common
+    for name in args.names:
+        path = folder / f"{name}.csv"
+        done = finished(path)
+        for run in runs_of(name, args.seeds, args.tasks, args.smoke):
+            if run.key not in done:
+                paths.setdefault(run, []).append(path)
+    failures = []
+    results = on_ray(paths, args.ray) if args.ray else here(paths, args.jobs)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    steps = sum(run.total_timesteps for run in paths)
+    with contextlib.closing(results), tqdm(total=steps, unit="step", unit_scale=True, smoothing=0) as bar:
+        for run, rows in results:
+            if isinstance(rows, Exception):
+                failures.append(f"{run.key}: {str(rows).strip().splitlines()[-1]}")
+                bar.write(failures[-1])
+            else:
+                for path in paths[run]:
+                    with open(path, "a", newline="") as file:
+                        append(file, rows)
+            bar.update(run.total_timesteps)
+    print(f"{len(paths) - len(failures)} runs finished, results in {folder}")
+    if failures:
+        sys.exit("\n".join([f"{len(failures)} failed:", *failures]))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; what had finished is kept, the same command goes on")
