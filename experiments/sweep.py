@@ -44,19 +44,16 @@ ROOT = Path(__file__).parent.parent.absolute()
 TBB, SBB, PPO = "dqn_tbb.py", "dqn_sbb.py", "experiments/recurrent_ppo.py"
 MONOIDS = ["lru", "s5", "ffm", "linear_transformer"]
 LENGTHS = [10, 20, 50, 100]
-TASKS = dict.fromkeys(
-    [
-        "RepeatPreviousEasy",
-        "RepeatPreviousMedium",
-        "RepeatFirstEasy",
-        "CountRecallEasy",
-        "PositionOnlyCartPoleEasy",
-        "AutoencodeEasy",
-    ],
-    20_000,
-)
+TASKS = {
+    "RepeatPreviousEasy": 8_000,
+    "RepeatPreviousMedium": 15_000,
+    "RepeatFirstEasy": 20_000,
+    "CountRecallEasy": 10_000,
+    "PositionOnlyCartPoleEasy": 20_000,
+    "AutoencodeEasy": 10_000,
+}
 SMALL = ["--d-model", "64", "--learning-rate", "1e-3"]  # hundreds of runs: half the width, a third of the time
-FAR = {"RepeatPreviousMedium": 20_000, "RepeatFirstEasy": 20_000}  # what is asked for lies far back
+FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # what is asked for lies far back
 
 EXPERIMENTS = {
     "sample_efficiency": [
