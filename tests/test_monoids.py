@@ -238,9 +238,11 @@ def test_resettable_keeps_nan_in_its_episode(name, listen):
 # The fast path of the affine monoid
 
 
-def recurrence(decay, x, initial=None, reverse=False):
+def recurrence(decay, x, initial=None, reverse=False, start=None):
     """linear_recurrence, one row after the other."""
     decay = decay.expand(x.shape)
+    if start is not None:
+        decay = torch.where(start.reshape(start.shape + (1,) * (x.ndim - start.ndim)), 0, decay)
     h = torch.zeros_like(x[0]) if initial is None else initial
     out = [None] * len(x)
     for t in range(len(x))[:: -1 if reverse else 1]:
@@ -248,13 +250,14 @@ def recurrence(decay, x, initial=None, reverse=False):
     return torch.stack(out)
 
 
-def general(decay, x, initial=None, reverse=False):
-    """linear_recurrence by the general path: `initial` is a row before the first, a zero decay starts an episode."""
+def general(decay, x, initial=None, reverse=False, start=None):
+    """linear_recurrence by the general path: `initial` is a row before the first."""
     decay = decay.expand(x.shape).to(torch.promote_types(decay.dtype, x.dtype))
     initial = torch.zeros_like(x[0]) if initial is None else initial.expand(x.shape[1:])
+    start = torch.zeros(len(x), dtype=torch.bool) if start is None else start
     rows = lambda first, rest: torch.cat((rest, first[None]) if reverse else (first[None], rest))  # (T + 1, ...)
-    decay, x = rows(torch.zeros_like(decay[0]), decay), rows(initial, x)
-    h = scan(resettable(Affine()), ((decay, x), decay == 0), reverse)[0][1]
+    decay, x, start = rows(torch.zeros_like(decay[0]), decay), rows(initial, x), rows(~start[0], start)
+    h = scan(resettable(Affine()), ((decay, x), start), reverse)[0][1]
     return h[:-1] if reverse else h[1:]
 
 
@@ -293,6 +296,28 @@ def test_recurrence_broadcasts(T, initial, decay, reverse, kind):
     if initial is not None:
         inputs.append(normal(*sized(initial, T), dtype=inputs[1].dtype))
     same(linear_recurrence(*inputs, reverse=reverse), recurrence(*inputs, reverse=reverse), inputs)
+
+
+@each_kind
+@each_decay
+@either_way
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("T", [1, 2, 8, 9, 65])
+def test_recurrence_starts(T, batched, decay, reverse, kind):
+    inputs = [normal(*sized(shape, T), dtype=dtype) for shape, dtype in zip((decay, "TBD"), KINDS[kind])]
+    inputs.append(normal(3, 2, dtype=inputs[1].dtype))
+    start = starts(T, 3) if batched else starts(T, 1)[:, 0]
+    same(linear_recurrence(*inputs, reverse, start), recurrence(*inputs, reverse, start), inputs)
+    same(linear_recurrence(*inputs, reverse, start), general(*inputs, reverse, start), inputs)
+
+
+@each_kind
+@either_way
+def test_recurrence_gradgradcheck_of_starts(reverse, kind):
+    inputs = [normal(*shape, dtype=dtype) for shape, dtype in zip(((2,), (9, 1, 2)), KINDS[kind])]
+    inputs.append(normal(1, 2, dtype=inputs[1].dtype))
+    start = starts(9, 1)
+    assert torch.autograd.gradgradcheck(lambda *inputs: linear_recurrence(*inputs, reverse, start), inputs)
 
 
 @either_way
@@ -668,7 +693,7 @@ def test_lru_is_its_equations():
     cell = monoids.LRUCell(D, d_state=5).to(REAL)
     x = normal(20, 3, D)
     lambda_ = torch.exp(-torch.exp(cell.nu_log) + 1j * torch.exp(cell.theta_log))  # (N,)
-    B, C = torch.view_as_complex(cell.B), torch.view_as_complex(cell.C)  # (N, D), (D, N)
+    B, C = torch.complex(*cell.B.unbind(1)), torch.view_as_complex(cell.C).conj()  # (N, D), (D, N)
     b = torch.exp(cell.gamma_log) * (x.to(COMPLEX) @ B.T)  # (T, B, N)
     h = recurrence(lambda_, b)
     same(run(cell, x), (h @ C.T).real + cell.D * x, [x, *cell.parameters()])
@@ -721,8 +746,8 @@ def test_s5_is_the_real_state_space_that_it_diagonalises():
     A = hippo_normal(n)
     values, V = torch.linalg.eig(A)  # A is normal: V is unitary
     V = V[:, values.imag.argsort()[: n // 2]]  # (n, n/2): the half that has negative imaginary parts
-    B_tilde = torch.view_as_complex(cell.B).unflatten(0, (blocks, -1))  # (blocks, n/2, D) = V* B
-    C_tilde = torch.view_as_complex(cell.C).unflatten(1, (blocks, -1))  # (D, blocks, n/2) = C V
+    B_tilde = torch.complex(*cell.B.unbind(1)).unflatten(0, (blocks, -1))  # (blocks, n/2, D) = V* B
+    C_tilde = torch.view_as_complex(cell.C).conj().unflatten(1, (blocks, -1))  # (D, blocks, n/2) = C V
     y = cell.D * x
     for i, dt in enumerate(dts):
         B, C = 2 * (V @ B_tilde[i]).real, 2 * (C_tilde[:, i] @ V.mH).real  # (n, D), (D, n): the other half is conjugate
