@@ -81,8 +81,8 @@ EXPERIMENTS = {
     ],
 }
 EVALUATIONS = 10  # in a run
-SMOKE_TIMESTEPS = 600
-SMOKE = "--num-envs 4 --num-steps 16 --eval-episodes 4"
+SMOKE_TIMESTEPS = 400
+SMOKE = "--num-envs 2 --num-steps 16 --eval-episodes 4"
 SMOKE_DQN = "--d-model 16 --learning-starts 100"
 
 # A variant of a script is more flags, or the script with some of its text replaced
