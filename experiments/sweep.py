@@ -89,7 +89,8 @@ SMOKE_DQN = "--d-model 16 --learning-starts 100"
 FLAGS = {"no_previous_action": ["--no-previous-action"], "burn_in": ["--burn-in", "10"]}
 EDITS = {
     # the target and the online network run over a tape of next observations, with the start flags of the transitions:
-    # what they remember begins with o_1 (losses.py: tape_ddqn_loss in github.com/proroklab/memory-monoids)
+    # what they remember begins with o_1 (losses.py: tape_ddqn_loss in github.com/proroklab/memory-monoids). There the
+    # previous action is part of the observation, so o_1 still brings a_0; here it is lost with the start flag
     "authors_next_value": [
         (
             "        q_target, _ = target_network(*inputs)\n        best = q[after]",
