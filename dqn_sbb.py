@@ -45,6 +45,8 @@ class Args:
     """seed of the experiment: of the weights, the episodes, the exploration and the batches"""
     cuda: bool = True
     """train on the GPU where there is one"""
+    compile: bool = False
+    """compile the network for updates, into CUDA graphs on a GPU; tapes are padded to few lengths"""
 
     # Algorithm specific arguments
     env_id: str = "popgym-RepeatPreviousEasy-v0"
@@ -532,6 +534,11 @@ if __name__ == "__main__":
     buffer = Segments(args, envs, device)
     learners = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
 
+    networks = [q_network, target_network]
+    if args.compile:
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        networks = [torch.compile(network, mode=mode, dynamic=False) for network in networks]
+
     start_time = shown = time.time()
     global_step, num_episodes, num_updates, eval_return = 0, 0, 0, float("nan")
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(start_time)}"
@@ -592,7 +599,7 @@ if __name__ == "__main__":
         try:
             while num_updates * args.train_frequency < global_step - args.learning_starts:
                 batch = buffer.sample(args.batch_size, rng)
-                metrics |= update(q_network, target_network, optimizer, batch, args)
+                metrics |= update(*networks, optimizer, batch, args)
                 num_updates += 1
         except FloatingPointError as error:
             save_checkpoint()

@@ -45,6 +45,8 @@ class Args:
     """seed of the experiment: of the weights, the episodes, the exploration and the batches"""
     cuda: bool = True
     """train on the GPU where there is one"""
+    compile: bool = False
+    """compile the network for updates, into CUDA graphs on a GPU; tapes are padded to few lengths"""
 
     # Algorithm specific arguments
     env_id: str = "popgym-RepeatPreviousEasy-v0"
@@ -398,6 +400,7 @@ class Tape:
 
     def __init__(self, args, envs, device):
         self.capacity = args.buffer_size
+        self.multiple = 64 if args.compile else 1  # of rows in a batch
         self.rows = empty_rows(envs, device, self.capacity)
         self.episodes = []  # (first row, number of rows) of each; rows are counted from the very first
         self.end = 0
@@ -419,15 +422,18 @@ class Tape:
 
         Every transition is equally likely to be trained on: how many episodes are drawn depends on their lengths, but
         the expected number of draws of each is the same (Wald's identity). Returns rows (R, 1) and t (n,), the rows
-        that hold a transition: all but the last of each episode.
+        that hold a transition: all but the last of each episode. Padding is rows of empty episodes, in no t.
         """
         at, transitions = [], 0
         while transitions < batch_size:
             first, rows = self.episodes[rng.integers(len(self.episodes))]
             at.append(np.arange(first, first + rows))
             transitions += rows - 1
-        at = torch.as_tensor(np.concatenate(at) % self.capacity, device=self.rows.start.device)
+        at = np.concatenate(at) % self.capacity
+        padding = -len(at) % self.multiple
+        at = torch.as_tensor(np.pad(at, (0, padding)), device=self.rows.start.device)
         rows = Rows(*(ring[at][:, None] for ring in self.rows))
+        rows.start[len(at) - padding :] = True
         return rows, (~rows.start[1:, 0]).nonzero().squeeze(1)
 
     def state_dict(self):
@@ -528,6 +534,11 @@ if __name__ == "__main__":
     buffer = Tape(args, envs, device)
     learners = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
 
+    networks = [q_network, target_network]
+    if args.compile:
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        networks = [torch.compile(network, mode=mode, dynamic=False) for network in networks]
+
     start_time = shown = time.time()
     global_step, num_episodes, num_updates, eval_return = 0, 0, 0, float("nan")
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(start_time)}"
@@ -588,7 +599,7 @@ if __name__ == "__main__":
         try:
             while num_updates * args.train_frequency < global_step - args.learning_starts:
                 batch = buffer.sample(args.batch_size, rng)
-                metrics |= update(q_network, target_network, optimizer, batch, args)
+                metrics |= update(*networks, optimizer, batch, args)
                 num_updates += 1
         except FloatingPointError as error:
             save_checkpoint()

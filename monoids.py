@@ -164,8 +164,8 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
 class _LinearRecurrence(torch.autograd.Function):
     @staticmethod
     def forward(decay, x, initial, start, reverse):
-        decay = decay if start is None else ~start * decay
-        return _blocked(decay.expand(x.shape), x, initial, torch.empty_like(x), reverse)
+        recur = _opaque if torch.compiler.is_compiling() else _recur
+        return recur(decay, x, initial, start, reverse)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -178,7 +178,8 @@ class _LinearRecurrence(torch.autograd.Function):
         first, shift = (-1, 1) if ctx.reverse else (0, -1)
         decay = decay.conj().resolve_conj()
         later = None if start is None else start.roll(shift, 0)
-        grad_x = linear_recurrence(decay.roll(shift, 0), grad, reverse=not ctx.reverse, start=later)
+        zero = torch.zeros_like(initial)
+        grad_x = _LinearRecurrence.apply(decay.roll(shift, 0), grad, zero, later, not ctx.reverse)
         grad_decay = grad_initial = None
         if ctx.needs_input_grad[0]:
             before = torch.cat((h[1:], initial[None]) if ctx.reverse else (initial[None], h[:-1]))
@@ -188,6 +189,19 @@ class _LinearRecurrence(torch.autograd.Function):
             grad_initial = grad_x[first] * decay[first]
             grad_initial = grad_initial if start is None else ~start[first] * grad_initial
         return grad_decay, grad_x, grad_initial, None, None
+
+
+def _recur(
+    decay: torch.Tensor, x: torch.Tensor, initial: torch.Tensor, start: torch.Tensor | None, reverse: bool
+) -> torch.Tensor:
+    """linear_recurrence without its gradient; decay and start broadcast to x (T, ...), initial (...)."""
+    decay = decay if start is None else ~start * decay
+    return _blocked(decay.expand(x.shape), x, initial, torch.empty_like(x), reverse)
+
+
+# to torch.compile it is one step, not a loop over time of complex numbers, which it can't fuse
+_opaque = torch.library.custom_op("monoids::recur", _recur, mutates_args=())
+_opaque.register_fake(lambda decay, x, initial, start, reverse: torch.empty_like(x))
 
 
 def _blocked(decay, x, initial, out, reverse, K=8):
@@ -216,7 +230,8 @@ def _blocked(decay, x, initial, out, reverse, K=8):
     _blocked(a[left], b[left], initial, h[entered], reverse)
     for a_k, x_k, out_k in steps:
         h = torch.addcmul(x_k, a_k, h, out=out_k)
-    _blocked(decay[rest], x[rest], h[-1 - first], out[rest], reverse)
+    if T % K:
+        _blocked(decay[rest], x[rest], h[-1 - first], out[rest], reverse)
     return out
 
 

@@ -44,6 +44,8 @@ class Args:
     """seed of the experiment: of the weights, the episodes, the exploration and the batches"""
     cuda: bool = True
     """train on the GPU where there is one"""
+    compile: bool = False
+    """compile the network for updates, into CUDA graphs on a GPU; tapes are padded to few lengths"""
 
     # Algorithm specific arguments
     env_id: str = "popgym-RepeatPreviousEasy-v0"
@@ -422,13 +424,17 @@ def assess(agent, rows, args):
     return Batch(rows, logprob, value, advantage)
 
 
-def minibatches(batch, num_minibatches, rng):
-    """Whole episodes, dealt out at random."""
+def minibatches(batch, num_minibatches, rng, multiple=1):
+    """Whole episodes, dealt out at random. Padding, to a multiple of so many rows, is rows of empty episodes."""
     first = batch.rows.start[:, 0].nonzero().squeeze(1).cpu().numpy()
     episodes = np.split(np.arange(len(batch.value)), first[1:])
     for dealt in np.array_split(rng.permutation(len(episodes)), min(num_minibatches, len(episodes))):
-        at = torch.as_tensor(np.concatenate([episodes[i] for i in dealt]), device=batch.value.device)
-        yield Batch(Rows(*(x[at] for x in batch.rows)), *(x[at] for x in batch[1:]))
+        at = np.concatenate([episodes[i] for i in dealt])
+        padding = -len(at) % multiple
+        at = torch.as_tensor(np.pad(at, (0, padding)), device=batch.value.device)
+        rows = Rows(*(x[at] for x in batch.rows))
+        rows.start[len(at) - padding :] = True
+        yield Batch(rows, *(x[at] for x in batch[1:]))
 
 
 def update(agent, optimizer, batch, args):
@@ -503,6 +509,11 @@ if __name__ == "__main__":
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     learners = {"agent": agent, "optimizer": optimizer}
 
+    network = agent
+    if args.compile:
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        network = torch.compile(network, mode=mode, dynamic=False)
+
     start_time = shown = time.time()
     global_step, num_episodes, num_updates, eval_return = 0, 0, 0, float("nan")
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(start_time)}"
@@ -559,8 +570,8 @@ if __name__ == "__main__":
         batch = assess(agent, rows, args)
         try:
             for _ in range(args.update_epochs):
-                for minibatch in minibatches(batch, args.num_minibatches, rng):
-                    metrics |= update(agent, optimizer, minibatch, args)
+                for minibatch in minibatches(batch, args.num_minibatches, rng, 64 if args.compile else 1):
+                    metrics |= update(network, optimizer, minibatch, args)
                     num_updates += 1
                 if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
                     break

@@ -95,6 +95,27 @@ def test_sample_lays_whole_episodes_end_to_end():
         assert len(t) >= 60 > len(t) - (len(episodes[names[-1]].start) - 1)  # and no more than needed
 
 
+def test_padding_of_a_tape_is_seen_by_nobody():
+    """--compile pads tapes to few lengths."""
+    rng = np.random.default_rng(0)
+    plain, padded = make_buffer(dqn_tbb), make_buffer(dqn_tbb, compile=True)
+    for name in range(9):
+        episode = make_episode(rng, int(rng.integers(1, 40)), name)
+        plain.add(episode), padded.add(episode)
+    args, rows = make_args(dqn_tbb), 0
+    q_network = dqn_tbb.QNetwork(dqn_tbb.make_envs(args, 1), args)
+    for seed in range(20):
+        batches = [tape.sample(50, np.random.default_rng(seed)) for tape in (plain, padded)]
+        torch.testing.assert_close(*(t for _, t in batches), rtol=0, atol=0)
+        values = [
+            q_network(rows.obs, rows.action, rows.start, q_network.memory.initial_state(1))[0] for rows, _ in batches
+        ]
+        torch.testing.assert_close(*(q[t + 1] for q, (_, t) in zip(values, batches)))
+        assert len(batches[1][0].start) % 64 == 0
+        rows += len(batches[1][0].start) - len(batches[0][0].start)
+    assert rows > 0
+
+
 def test_every_transition_is_equally_likely_to_be_trained_on():
     rng = np.random.default_rng(0)
     tape = make_buffer(dqn_tbb, buffer_size=1000)

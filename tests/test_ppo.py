@@ -157,3 +157,15 @@ def test_minibatches_are_whole_episodes_each_once(num_minibatches):
         for a, b in zip(starts, [*starts[1:], len(minibatch.value)]):
             seen.append(tuple(minibatch.rows.reward[a:b, 0].tolist()))
     assert sorted(seen) == sorted(tuple(e.reward.tolist()) for e in episodes)
+
+
+def test_padding_of_a_minibatch_is_seen_by_nobody():
+    """--compile pads minibatches to few lengths."""
+    args, agent, episodes, rows = play()
+    batch = ppo_tbb.assess(agent, rows, args)
+    plain, padded = [next(ppo_tbb.minibatches(batch, 3, np.random.default_rng(0), m)) for m in (1, 64)]
+    assert len(plain.value) < len(padded.value) and len(padded.value) % 64 == 0
+    t = ppo_tbb.transitions(plain.rows)
+    torch.testing.assert_close(ppo_tbb.transitions(padded.rows), t, rtol=0, atol=0)
+    values = [ppo_tbb.run(agent, minibatch.rows)[2][t] for minibatch in (plain, padded)]
+    torch.testing.assert_close(*values)
