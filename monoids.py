@@ -15,6 +15,8 @@ them. Discounted returns and advantages are scans of the same kind, run backward
 Time is dimension 0 everywhere, as in `torch.nn.GRU`. Shapes: T rows, B parallel sequences, D features.
 """
 
+import functools
+import importlib.util
 import math
 
 import torch
@@ -175,6 +177,9 @@ class _LinearRecurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         decay, initial, start, h = ctx.saved_tensors
+        if _on_gpu(grad) and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            needs_decay, _, needs_initial, *_ = ctx.needs_input_grad
+            return *_triton_backward(*ctx.saved_tensors, grad, ctx.reverse, needs_decay, needs_initial), None, None
         first, shift = (-1, 1) if ctx.reverse else (0, -1)
         decay = decay.conj().resolve_conj()
         later = None if start is None else start.roll(shift, 0)
@@ -195,13 +200,15 @@ def _recur(
     decay: torch.Tensor, x: torch.Tensor, initial: torch.Tensor, start: torch.Tensor | None, reverse: bool
 ) -> torch.Tensor:
     """linear_recurrence without its gradient; decay and start broadcast to x (T, ...), initial (...)."""
+    if _on_gpu(x):
+        return _triton(decay, x, initial, start, reverse)[0]
     decay = decay if start is None else ~start * decay
-    return _blocked(decay.expand(x.shape), x, initial, torch.empty_like(x), reverse)
+    return _blocked(decay.expand(x.shape), x, initial, x.new_empty(x.shape), reverse)
 
 
 # to torch.compile it is one step, not a loop over time of complex numbers, which it can't fuse
 _opaque = torch.library.custom_op("monoids::recur", _recur, mutates_args=())
-_opaque.register_fake(lambda decay, x, initial, start, reverse: torch.empty_like(x))
+_opaque.register_fake(lambda decay, x, initial, start, reverse: x.new_empty(x.shape))
 
 
 def _blocked(decay, x, initial, out, reverse, K=8):
@@ -233,6 +240,199 @@ def _blocked(decay, x, initial, out, reverse, K=8):
     if T % K:
         _blocked(decay[rest], x[rest], h[-1 - first], out[rest], reverse)
     return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same on a GPU: a chunked scan, in Triton
+
+
+def _on_gpu(x):
+    """Whether the kernel takes x. Triton comes with the CUDA builds of PyTorch, though not on every system."""
+    kinds = torch.float32, torch.float64, torch.complex64, torch.complex128
+    return x.is_cuda and x.dtype in kinds and importlib.util.find_spec("triton") is not None
+
+
+def _tiling(T, N, itemsize):
+    """Rows and channels of a tile, and rows of a chunk, to walk over T rows of N channels.
+
+    A tile is 8 KB: 128 rows of 64 bytes, which is enough side by side to read memory at full speed, or more rows of
+    fewer channels. 256 programs fill a GPU. Where channels alone don't make as many, time is cut into chunks; not for 8
+    tiles or fewer, which are sooner walked than another kernel is launched.
+    """
+    channels = min(64 // itemsize, 1 << max(0, N - 1).bit_length())
+    rows = 8192 // (channels * itemsize)
+    tiles, programs = math.ceil(T / rows), math.ceil(N / channels)
+    chunks = 1 if tiles <= 8 else 256 // min(256, max(1, programs))
+    return rows, channels, rows * math.ceil(tiles / chunks)
+
+
+@functools.cache
+def _triton_kernel():
+    """The kernel, made when first needed: to import Triton takes half a second, and not everybody has it.
+
+    A program walks through one chunk of time, for CHANNELS of the N = B x D channels, tile by tile. In a tile, a tree
+    over its rows composes the affine maps (decay, x) of rows 0 to k into one, for every k. Applied to the state that
+    enters the tile they give the state of every row; that of the last row enters the next tile.
+
+    Step s of the walk is at row t = s, or t = T - 1 - s if REVERSE. Where `product` is given, the chunk starts from
+    zero and its own map is all that is written: (product, out). Otherwise it starts from `enter`, and out gets the
+    states. BACKWARD is the walk of the backward pass: step s uses the conjugate decay of step s - 1, because the decay
+    that carries h_t to h_{t+1} carries the gradient back. Where `grad_decay` is given, it gets the gradient of decay,
+    worked out on the way from the states h: of every row, or if decay is CONSTANT in time, the sum over the chunk.
+    """
+    global tl, _load, _store, _only, _multiply_add, _compose, _compose_complex  # where Triton looks for them
+    import triton
+    import triton.language as tl
+
+    # A number is a tuple of tensors here, (value,) or (real part, imaginary part); in memory the two are neighbours.
+
+    @triton.jit
+    def _load(pointer, offset, mask, COMPLEX: tl.constexpr):
+        if COMPLEX:
+            pair = tl.expand_dims(pointer + 2 * offset, -1) + tl.arange(0, 2)
+            return tl.split(tl.load(pair, tl.expand_dims(mask, -1), other=0.0))
+        else:
+            return (tl.load(pointer + offset, mask, other=0.0),)
+
+    @triton.jit
+    def _store(pointer, offset, value, mask):
+        if len(value) == 2:
+            pair = tl.expand_dims(pointer + 2 * offset, -1) + tl.arange(0, 2)
+            tl.store(pair, tl.join(value[0], value[1]), tl.expand_dims(mask, -1))
+        else:
+            tl.store(pointer + offset, value[0], mask)
+
+    @triton.jit
+    def _only(mask, value, CONJUGATE: tl.constexpr = False):  # zero elsewhere
+        if len(value) == 2:
+            return tl.where(mask, value[0], 0.0), tl.where(mask, -value[1] if CONJUGATE else value[1], 0.0)
+        else:
+            return (tl.where(mask, value[0], 0.0),)
+
+    @triton.jit
+    def _multiply_add(a, b, c):  # a b + c
+        if len(a) == 2:
+            return a[0] * b[0] - a[1] * b[1] + c[0], a[0] * b[1] + a[1] * b[0] + c[1]
+        else:
+            return (a[0] * b[0] + c[0],)
+
+    @triton.jit
+    def _compose(a, b, a2, b2):  # Affine.op
+        return a * a2, a2 * b + b2
+
+    @triton.jit
+    def _compose_complex(a, a_i, b, b_i, a2, a2_i, b2, b2_i):
+        return a * a2 - a_i * a2_i, a * a2_i + a_i * a2, a2 * b - a2_i * b_i + b2, a2 * b_i + a2_i * b + b2_i
+
+    @triton.jit
+    def kernel(
+        decay, x, enter, out, product, h, grad_decay, start, decay_stride, start_stride, T, N, D, CHUNK,
+        REVERSE: tl.constexpr, BACKWARD: tl.constexpr, CONSTANT: tl.constexpr, COMPLEX: tl.constexpr,
+        ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    ):  # fmt: skip
+        parts: tl.constexpr = 2 if COMPLEX else 1
+        step: tl.constexpr = -1 if REVERSE else 1
+        n = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)  # 64 bits: x may be larger than 2^31
+        chunk = tl.program_id(1).to(tl.int64)
+        b, d = n // D, n % D
+        decay_n = b * decay_stride[1] + d * decay_stride[2]
+        row = tl.arange(0, ROWS)[:, None]
+        zero = (tl.zeros((CHANNELS,), out.dtype.element_ty),) * parts
+        total = (zero[0] + 1,) + zero[1:]  # the product of the chunk's decays
+        gradient = (tl.zeros((ROWS, CHANNELS), out.dtype.element_ty),) * parts
+        carry = zero
+        if enter is not None:
+            carry = _load(enter, chunk * N + n, n < N, COMPLEX)
+        # num_stages: the tiles that follow are on their way from memory while this one is worked on
+        for s0 in tl.range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, T), ROWS, num_stages=3):
+            s = s0 + row
+            t = T - 1 - s if REVERSE else s
+            here = (s < T) & (n < N)
+            leads = here & (s > 0) if BACKWARD else here
+            u = t - step if BACKWARD else t  # the row whose decay leads here from the step before
+            if CONSTANT:
+                a = _load(decay, decay_n, n < N, COMPLEX)
+            else:
+                a = _load(decay, u * decay_stride[0] + decay_n, leads, COMPLEX)
+            if start is not None:
+                leads = leads & (tl.load(start + u * start_stride[0] + b * start_stride[1], leads, other=0) == 0)
+            maps = _only(leads, a, BACKWARD) + _load(x, t * N + n, here, COMPLEX)
+            maps = tl.associative_scan(maps, 0, _compose_complex if COMPLEX else _compose)
+            products = maps[:parts]
+            states = _multiply_add(products, carry, maps[parts:])
+            carry = [tl.sum(value, 0) for value in _only(row == ROWS - 1, states)]
+            if product is not None:
+                total = _multiply_add([tl.sum(value, 0) for value in _only(row == ROWS - 1, products)], total, zero)
+            else:
+                _store(out, t * N + n, states, here)
+            if grad_decay is not None:
+                before = here & (s + 1 < T)  # before row t as time goes: after it in this walk
+                h_before = _load(h, (t + step) * N + n, before, COMPLEX)
+                if start is not None:
+                    before = before & (tl.load(start + t * start_stride[0] + b * start_stride[1], before, other=0) == 0)
+                h_before = _only(before, h_before, True)
+                if CONSTANT:
+                    gradient = _multiply_add(states, h_before, gradient)
+                else:
+                    _store(grad_decay, t * N + n, _multiply_add(states, h_before, gradient), here)
+        if product is not None:
+            _store(product, chunk * N + n, total, n < N)
+            _store(out, chunk * N + n, carry, n < N)
+        if CONSTANT and grad_decay is not None:
+            _store(grad_decay, chunk * N + n, [tl.sum(value, 0) for value in gradient], n < N)
+
+    return kernel
+
+
+def _triton(decay, x, initial, start, reverse, backward=False, h=None):
+    """The kernel over all chunks: decay and x (T, ...), initial (...), start -> states (T, ...), gradient of decay.
+
+    The chunks' maps are a recurrence of their own, C - 1 rows long, which gives the state that enters each chunk. The
+    gradient is None without h. It lacks the term of the row that `initial` enters, and where decay is the same in all
+    rows it is (C, ...), sums over the chunks.
+    """
+    shape, D = x.shape, math.prod(x.shape[2:])
+
+    def merge(x):  # (T, B, ...) -> (T, B, D); what is broadcast over T or B stays so
+        x = x.expand(*x.shape[:2], *shape[2:]).reshape(*(*x.shape, 1)[:2], D)
+        return x.resolve_conj().resolve_neg()
+
+    decay, x, enter = merge(decay), merge(x).contiguous(), merge(initial[None]).contiguous()
+    T, B, _ = x.shape
+    rows, channels, rows_of_chunk = _tiling(T, B * D, x.element_size())
+    C = math.ceil(T / rows_of_chunk)
+    start_stride = None if start is None else start.reshape((*start.shape, 1)[:2]).expand(T, B).stride()
+    flags = reverse, backward, len(decay) == 1, x.is_complex()
+
+    def run(C, *tensors):
+        tensors = [y if y is None or not y.is_complex() else torch.view_as_real(y) for y in (decay, x, *tensors)]
+        strides = decay.expand(T, B, D).stride(), start_stride
+        with torch.cuda.device_of(x):
+            kernel = _triton_kernel()[math.ceil(B * D / channels), C]
+            kernel(*tensors, start, *strides, T, B * D, D, rows_of_chunk, *flags, rows, channels)
+
+    if C > 1:
+        product, last = x.new_empty(2, C - 1, B, D)
+        run(C - 1, None, last, product, None, None)
+        enter = torch.cat((enter, _triton(product, last, enter[0], None, False)[0]))
+    out = torch.empty_like(x)
+    if h is None:
+        run(C, enter, out, None, None, None)
+        return out.view(shape), None
+    grad_decay = x.new_empty(C if len(decay) == 1 else T, B, D)
+    run(C, enter, out, None, h, grad_decay)
+    return out.view(shape), grad_decay.view(-1, *shape[1:])
+
+
+def _triton_backward(decay, initial, start, h, grad, reverse, needs_decay, needs_initial):
+    """The gradients of decay, x and initial, given that of h, in one sweep (which can't be differentiated again)."""
+    zero, first = torch.zeros_like(initial), -1 if reverse else 0
+    grad_x, grad_decay = _triton(decay, grad, zero, start, not reverse, True, h if needs_decay else None)
+    edge = grad_x[first] if start is None else ~start[first] * grad_x[first]  # what passes into the initial state
+    if needs_decay:
+        grad_decay[first] += edge * initial.conj()
+        grad_decay = grad_decay.sum_to_size(decay.shape)
+    return grad_decay, grad_x, edge * decay[first].conj() if needs_initial else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
