@@ -143,8 +143,8 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
     decay:   broadcasts to x, as in (D,), (T, 1, D) or (T, B, D)
     initial: (...), or what broadcasts to it: h before the first row (the last one if reverse); None is zero
     reverse: h_t = decay_t h_{t+1} + x_t instead
-    start:   bool, (T,) or (T, B), its dimensions the leading ones of x: where it is True decay counts as zero, so that a
-             row sees nothing before itself; None is nowhere
+    start:   bool, (T,) or (T, B), its dimensions the leading ones of x: where it is True decay counts as zero, so that
+             a row sees nothing before itself; None is nowhere
     Returns h (T, ...), in the dtype that decay, x and initial promote to. Raises RuntimeError where shapes don't
     broadcast.
 
