@@ -53,6 +53,13 @@ TASKS = {
     "AutoencodeEasy": 10_000,
 }
 SMALL = ["--d-model", "64", "--learning-rate", "1e-3"]  # hundreds of runs: half the width, a third of the time
+LONG = [
+    *SMALL,
+    "--batch-size",
+    "1000",
+    "--train-frequency",
+    "50",
+]  # episodes of 104 and 156 steps: more of them a batch
 FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # what is asked for lies far back
 
 EXPERIMENTS = {
@@ -69,8 +76,12 @@ EXPERIMENTS = {
         dict(script=[SBB], task=FAR, memory=["lru"], segment_length=LENGTHS, flags=SMALL),
     ],
     "recall": [
-        dict(script=[TBB], task={"RepeatPreviousMedium": 50_000}, memory=["lru"]),
-        dict(script=[TBB], task={"RepeatPreviousHard": 150_000}, memory=["lru"]),
+        dict(
+            script=[TBB],
+            task={"RepeatPreviousMedium": 50_000, "RepeatPreviousHard": 200_000},
+            memory=["lru"],
+            flags=LONG,
+        ),
         dict(script=[PPO], task={"RepeatPreviousMedium": 250_000, "RepeatPreviousHard": 500_000}),
     ],
     "ablations": [
