@@ -112,9 +112,9 @@ def contestants(T, C, dtype, notes):
         return (torch.polar(size, angle) if dtype.is_complex else size).to(measure.DEVICE).requires_grad_()
 
     decay, constant, x, grad = ring(T, C), ring(C), normal(T, C).requires_grad_(), normal(T, C)
-    start = (uniform(T, 1) < 1 / 50).to(measure.DEVICE)
+    start = (uniform(T) < 1 / 50).to(measure.DEVICE)
     inputs = decay, x, grad
-    resets = lambda decay, x: linear_recurrence(torch.where(start, 0, decay), x)
+    resets = lambda decay, x: linear_recurrence(decay, x, start=start)
     found = {
         "ours": torch_contestant(linear_recurrence, *inputs),
         "ours, constant decay, resets": torch_contestant(resets, constant, x, grad),

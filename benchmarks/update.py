@@ -34,6 +34,7 @@ import dqn_tbb
 import ppo_tbb
 from monoids import MEMORIES
 
+TAPES = {"lru": (1_000, 4_000, 16_000, 64_000), "gru": (1_000, 4_000, 16_000)}  # transitions
 aten = torch.ops.aten
 
 
@@ -105,7 +106,7 @@ def ppo(episodes, memory):
 HEADER = "update,memory,d_model,threads,transitions,rows,ms,us a row,bare ms,x bare,peak KiB a row,x lru".split(",")
 
 
-def table(contestants, seconds=1.0):
+def table(contestants, seconds):
     """contestants {(name, memory, d_model, transitions): (rows, update)} -> rows of the table"""
     calls = {}
     for key, (_, f) in contestants.items():
@@ -120,6 +121,7 @@ def table(contestants, seconds=1.0):
         head = (name, memory, d_model, measure.THREADS, transitions, rows)
         costs = (1e3 * time[key], 1e6 * time[key] / rows, 1e3 * bare, time[key] / bare)
         found.append((*head, *costs, measure.peak_memory(f) / 1024 / rows, time[key] / lru))
+        print(*map(measure.show, found[-1]), flush=True)
     return found
 
 
@@ -140,16 +142,16 @@ def at_default_sizes(episodes):
         inputs = ppo(iteration, memory)
         rows, transitions = len(inputs[2].value), len(ppo_tbb.transitions(inputs[2].rows))
         contestants["ppo_tbb.py", memory, args.d_model, transitions] = rows, partial(ppo_tbb.update, *inputs)
-    return table(contestants)
+    return table(contestants, seconds=0.5)
 
 
 def on_longer_tapes(episodes):
     contestants = {}
-    for memory in ("lru", "gru"):
-        for transitions in (1_000, 4_000, 16_000, 64_000):
+    for memory, lengths in TAPES.items():
+        for transitions in lengths:
             sizes = memory, dqn_tbb.Args().d_model, transitions
             contestants["dqn_tbb.py", *sizes] = dqn_contestant(dqn_tbb, episodes, *sizes)
-    return table(contestants)
+    return table(contestants, seconds=0.5)
 
 
 def jax_contestant(q_network, batch, args):
@@ -194,7 +196,7 @@ def beside_the_authors(episodes):
         q_network, *rest, batch, args = inputs = dqn(dqn_tbb, episodes, *sizes)
         contestants["authors' JAX", *sizes] = jax_contestant(q_network, batch, args)
         contestants["dqn_tbb.py", *sizes] = batch[0].start.numel(), partial(dqn_tbb.update, *inputs)
-    return table(contestants, seconds=5.0)
+    return table(contestants, seconds=2.0)
 
 
 def in_a_process(threads):
@@ -210,10 +212,14 @@ if __name__ == "__main__":
         measure.pin()
         print(json.dumps(beside_the_authors(play(dqn_tbb, 20_000))))
         sys.exit()
-    episodes, notes = play(dqn_tbb, 20_000), []
+    episodes = play(dqn_tbb, 20_000)
+    notes = [
+        "gru, 64,000 transitions: left out, its backward pass takes memory as the square of the episodes, over 20 GB"
+    ]
     rows = at_default_sizes(episodes) + on_longer_tapes(episodes)
     if measure.DEVICE.type == "cuda" or not importlib.util.find_spec("jax"):
         notes.append("the authors' update: left out, it takes a CPU and jax (benchmarks/requirements.txt)")
     else:
         rows += [row for threads in (1, 2) for row in in_a_process(threads)]
+    print()
     measure.report(__file__, HEADER, rows, notes)
