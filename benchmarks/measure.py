@@ -30,9 +30,11 @@ def pin():
     """Hold JAX to as many cores as PyTorch has threads. To be called before JAX is imported.
 
     XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" does not: with jax 0.10.2 an
-    associative_scan then still takes 1.7 times as much processor time as wall time on two cores. Linux only.
+    associative_scan then still takes 1.7 times as much processor time as wall time on two cores. Linux only; elsewhere
+    JAX has all cores.
     """
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-THREADS:])
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-THREADS:])
 
 
 def once(f):

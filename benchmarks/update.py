@@ -3,12 +3,12 @@
     pip install -r benchmarks/requirements.txt && python benchmarks/update.py
 
 First a DQN update at the default sizes for every memory, on a tape and on segments of as many transitions, padding
-included, and a minibatch of PPO; then DQN updates on longer and longer tapes. "bare" replays the matrix products of one
-update alone: same shapes, strides and types in the same order, on random numbers. What stays is theirs and ours alike
-to save: norms, activations, the scan, the optimizer. "x lru" is the time beside `dqn_tbb.py --memory lru` at as many
-transitions. Peak memory is what an update adds to weights, optimizer and batch while it runs.
+included, for the LRU compiled as well, and a minibatch of PPO; then DQN updates on longer and longer tapes. "bare"
+replays the matrix products of one update, not compiled, alone: same shapes, strides and types in the same order, on
+random numbers. The rest are norms, activations, the scan, the optimizer. "x lru" is the time beside `dqn_tbb.py
+--memory lru` at as many transitions. Peak memory is what an update adds to weights, optimizer and batch while it runs.
 
-Last, in processes of their own with one thread and with two, our update beside the authors' (authors.py), the same
+Last, in processes of their own with one thread and with two, our update beside the authors' (authors.py): the same
 network and weights, d_model 256, as many transitions. Theirs has a row for each transition, ours one more for each
 episode. That both networks give the same Q is checked first. Only on a CPU. All data are episodes of the default task,
 played at random. Writes benchmarks/update.csv.
@@ -80,9 +80,9 @@ def play(script, quota):
     return script.collect(envs, network, act, (0, 0), 0, quota)
 
 
-def dqn(script, episodes, memory, d_model, transitions):
-    """-> the arguments of `update`"""
-    args = script.Args(memory=memory, d_model=d_model, batch_size=transitions)
+def dqn(script, episodes, memory, d_model, transitions, compile=False):
+    """-> the arguments of `update`, of which the networks are not compiled"""
+    args = script.Args(memory=memory, d_model=d_model, batch_size=transitions, compile=compile)
     envs = script.make_envs(args, 1)
     q_network = script.QNetwork(envs, args).to(measure.DEVICE)
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
@@ -107,16 +107,18 @@ HEADER = "update,memory,d_model,threads,transitions,rows,ms,us a row,bare ms,x b
 
 
 def table(contestants, seconds):
-    """contestants {(name, memory, d_model, transitions): (rows, update)} -> rows of the table"""
+    """contestants {(name, memory, d_model, transitions): (rows, update, the same one not compiled or None)} -> rows"""
     calls = {}
-    for key, (_, f) in contestants.items():
-        f()
-        calls[key], calls[key, "bare"] = f, MatrixProducts(f).replay
+    for key, (_, f, plain) in contestants.items():
+        calls[key] = f
+        if plain:
+            plain()
+            calls[key, "bare"] = MatrixProducts(plain).replay
     time = measure.interleaved(calls, seconds)
     found = []
-    for key, (rows, f) in contestants.items():
+    for key, (rows, f, _) in contestants.items():
         name, memory, d_model, transitions = key
-        bare = time[key, "bare"] if name.endswith(".py") else math.nan
+        bare = time.get((key, "bare"), math.nan)
         lru = time.get(("dqn_tbb.py", "lru", d_model, transitions), math.nan)
         head = (name, memory, d_model, measure.THREADS, transitions, rows)
         costs = (1e3 * time[key], 1e6 * time[key] / rows, 1e3 * bare, time[key] / bare)
@@ -127,7 +129,17 @@ def table(contestants, seconds):
 
 def dqn_contestant(script, episodes, *sizes):
     inputs = dqn(script, episodes, *sizes)
-    return inputs[3][0].start.numel(), lambda: script.update(*inputs)
+    f = partial(script.update, *inputs)
+    return inputs[3][0].start.numel(), f, f
+
+
+def compiled_contestant(episodes, *sizes):
+    """As `--compile` does it."""
+    inputs = dqn(dqn_tbb, episodes, *sizes, compile=True)
+    mode = "reduce-overhead" if measure.DEVICE.type == "cuda" else "default"
+    networks = [torch.compile(network, mode=mode, dynamic=False) for network in inputs[:2]]
+    f = partial(dqn_tbb.update, *networks, *inputs[2:])
+    return inputs[3][0].start.numel(), f, partial(dqn_tbb.update, *inputs)
 
 
 def at_default_sizes(episodes):
@@ -136,12 +148,15 @@ def at_default_sizes(episodes):
         for script in (dqn_tbb, dqn_sbb):
             sizes = memory, dqn_tbb.Args().d_model, dqn_tbb.Args().batch_size
             contestants[f"{script.__name__}.py", *sizes] = dqn_contestant(script, episodes, *sizes)
+    sizes = "lru", *sizes[1:]
+    contestants["dqn_tbb.py --compile", *sizes] = compiled_contestant(episodes, *sizes)
     args = ppo_tbb.Args()
     iteration = play(ppo_tbb, args.num_steps * args.num_envs)
     for memory in MEMORIES:
         inputs = ppo(iteration, memory)
         rows, transitions = len(inputs[2].value), len(ppo_tbb.transitions(inputs[2].rows))
-        contestants["ppo_tbb.py", memory, args.d_model, transitions] = rows, partial(ppo_tbb.update, *inputs)
+        f = partial(ppo_tbb.update, *inputs)
+        contestants["ppo_tbb.py", memory, args.d_model, transitions] = rows, f, f
     return table(contestants, seconds=0.5)
 
 
@@ -186,7 +201,7 @@ def jax_contestant(q_network, batch, args):
     f = lambda: jax.block_until_ready(update(*inputs))
     plan = update.memory_analysis()
     f.bytes = plan.temp_size_in_bytes + plan.output_size_in_bytes
-    return len(t), f
+    return len(t), f, None
 
 
 def beside_the_authors(episodes):
@@ -195,7 +210,7 @@ def beside_the_authors(episodes):
         sizes = "lru", 256, transitions
         q_network, *rest, batch, args = inputs = dqn(dqn_tbb, episodes, *sizes)
         contestants["authors' JAX", *sizes] = jax_contestant(q_network, batch, args)
-        contestants["dqn_tbb.py", *sizes] = batch[0].start.numel(), partial(dqn_tbb.update, *inputs)
+        contestants["dqn_tbb.py", *sizes] = batch[0].start.numel(), *2 * (partial(dqn_tbb.update, *inputs),)
     return table(contestants, seconds=2.0)
 
 
