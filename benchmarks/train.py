@@ -1,0 +1,93 @@
+"""Whole runs of the default task: steps a second, and seconds until an evaluation reaches 0.99.
+
+    python benchmarks/train.py
+
+Each script runs once with its default arguments, seed 1 (or --seed), in a process of its own, one after the other, but
+evaluates every 2,000 steps to see when the task is solved. Seconds count from the start of the process, imports and
+evaluations included. Then `collect` alone at 64 environments, with the untrained network, beside Gymnasium's
+SyncVectorEnv stepped with actions drawn beforehand. Writes benchmarks/train.csv.
+"""
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import measure
+import dqn_tbb
+import ppo_tbb
+
+RUNS = [("dqn_tbb.py", memory) for memory in ("lru", "s5", "ffm", "linear_transformer", "gru")]
+RUNS += [("dqn_sbb.py", "lru"), ("ppo_tbb.py", "lru")]
+GOAL = 0.99
+
+
+def run(script, memory, seed):
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.time()
+        command = [
+            sys.executable,
+            measure.ROOT / script,
+            "--memory",
+            memory,
+            "--seed",
+            str(seed),
+            "--eval-frequency=2000",
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": str(measure.THREADS)}
+        subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.time() - begin
+        (log,) = Path(folder, "runs").iterdir()
+        events = EventAccumulator(str(log)).Reload().Scalars("charts/eval_return")
+    solved = next(((e.step, e.wall_time - begin) for e in events if e.value >= GOAL), ("", math.nan))
+    return script, memory, events[-1].step, seconds, events[-1].step / seconds, *solved, events[-1].value, math.nan
+
+
+def collection(num_envs=64, quota=64 * 48 * 4):
+    """`collect` beside bare environments, as many transitions of each."""
+    contestants = {}
+    for script, name, act in (
+        (dqn_tbb, "QNetwork", partial(dqn_tbb.policy, epsilon=0.5)),
+        (ppo_tbb, "Agent", partial(ppo_tbb.policy, greedy=False)),
+    ):
+        args = script.Args()
+        envs = script.make_envs(args, num_envs)
+        network = getattr(script, name)(envs, args).to(measure.DEVICE)
+        play = partial(script.collect, envs, network, act, (0, 0), 0, quota)
+        contestants[f"collect, {script.__name__}.py"] = play
+        transitions = sum(len(episode.reward) - 1 for episode in play())
+    # every step is a transition in each of them: an environment that is done is reset in the same step
+    mode = gym.vector.AutoresetMode.SAME_STEP
+    bare = gym.vector.SyncVectorEnv([partial(dqn_tbb.make_env, dqn_tbb.Args(), False)] * num_envs, autoreset_mode=mode)
+    actions = [bare.action_space.sample() for _ in range(transitions // num_envs)]
+
+    def random():
+        bare.reset(seed=0)
+        for action in actions:
+            bare.step(action)
+
+    contestants["SyncVectorEnv, random actions"] = random
+    seconds = measure.interleaved(contestants, seconds=5.0)
+    for name, s in seconds.items():
+        memory = "" if name.startswith("Sync") else "lru"
+        ratio = seconds["SyncVectorEnv, random actions"] / s
+        yield name, memory, transitions, s, transitions / s, "", math.nan, math.nan, ratio
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    rows = [*collection(), *(run(*which, args.seed) for which in RUNS)]
+    header = "what,memory,steps,seconds,steps a second,solved at,seconds to solve,eval return,x SyncVectorEnv".split(
+        ","
+    )
+    measure.report(__file__, header, rows, [f"seed {args.seed}; solved: an evaluation of {GOAL} or more, 32 episodes"])
