@@ -246,10 +246,13 @@ def _blocked(decay, x, initial, out, reverse, K=8):
 # The same on a GPU: a chunked scan, in Triton
 
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # it comes with most CUDA builds of PyTorch
+
+
 def _on_gpu(x):
-    """Whether the kernel takes x. Triton comes with the CUDA builds of PyTorch, though not on every system."""
+    """Whether the kernel takes x. Triton launches on the current device, whichever x is on."""
     kinds = torch.float32, torch.float64, torch.complex64, torch.complex128
-    return x.is_cuda and x.dtype in kinds and importlib.util.find_spec("triton") is not None
+    return HAS_TRITON and x.is_cuda and x.dtype in kinds and x.get_device() == torch.cuda.current_device()
 
 
 def _tiling(T, N, itemsize):
@@ -407,9 +410,8 @@ def _triton(decay, x, initial, start, reverse, backward=False, h=None):
     def run(C, *tensors):
         tensors = [y if y is None or not y.is_complex() else torch.view_as_real(y) for y in (decay, x, *tensors)]
         strides = decay.expand(T, B, D).stride(), start_stride
-        with torch.cuda.device_of(x):
-            kernel = _triton_kernel()[math.ceil(B * D / channels), C]
-            kernel(*tensors, start, *strides, T, B * D, D, rows_of_chunk, *flags, rows, channels)
+        kernel = _triton_kernel()[math.ceil(B * D / channels), C]
+        kernel(*tensors, start, *strides, T, B * D, D, rows_of_chunk, *flags, rows, channels)
 
     if C > 1:
         product, last = x.new_empty(2, C - 1, B, D)

@@ -129,6 +129,18 @@ def test_kernel_of_views(reverse):
     same(fast, slow, base[:2])
 
 
+@each_dtype
+@either_way
+@pytest.mark.parametrize("T", [1, 7, 9])
+def test_kernel_reads_nothing_around_its_rows(T, reverse, dtype):
+    inputs = []
+    for shape in (T, 3, 2), (T, 3, 2), (3, 2):
+        base = torch.full((shape[0] + 2, *shape[1:]), torch.nan, dtype=dtype, device=DEVICE)
+        base[1:-1].normal_()
+        inputs.append(base[1:-1].requires_grad_())
+    same(linear_recurrence(*inputs, reverse), loop(*inputs, reverse), inputs)
+
+
 @either_way
 def test_kernel_counts_the_decay_as_zero_at_a_start(reverse):
     decay, x, start = normal(9, 2), normal(9, 2), starts(9, 2)
@@ -214,12 +226,17 @@ def test_memories_are_the_same_on_the_kernel(name, monkeypatch):
 
 
 def test_who_gets_the_kernel(monkeypatch):
-    tensor = lambda is_cuda, dtype: SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
-    assert all(ON_GPU(tensor(True, dtype)) for dtype in (torch.float32, torch.complex64, REAL, COMPLEX))
-    assert not ON_GPU(tensor(True, torch.float16))
-    assert not ON_GPU(tensor(False, torch.float32))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not ON_GPU(tensor(True, torch.float32))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(monoids, "HAS_TRITON", True)
+    tensor = lambda dtype, is_cuda=True, index=1: SimpleNamespace(
+        is_cuda=is_cuda, dtype=dtype, get_device=lambda: index
+    )
+    assert all(ON_GPU(tensor(dtype)) for dtype in (torch.float32, torch.complex64, REAL, COMPLEX))
+    assert not ON_GPU(tensor(torch.float16))
+    assert not ON_GPU(tensor(torch.float32, is_cuda=False))
+    assert not ON_GPU(tensor(torch.float32, index=0))
+    monkeypatch.setattr(monoids, "HAS_TRITON", False)
+    assert not ON_GPU(tensor(torch.float32))
 
 
 def test_triton_is_not_imported_before_it_is_needed():
