@@ -160,10 +160,14 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
     dtype = torch.promote_types(torch.promote_types(decay.dtype, x.dtype), initial.dtype)
     decay = decay.reshape((1,) * (x.ndim - decay.ndim) + decay.shape)
     start = start if start is None else start.reshape(start.shape + (1,) * (x.ndim - start.ndim))
-    return _LinearRecurrence.apply(decay.to(dtype), x.to(dtype), initial.to(dtype).expand(x.shape[1:]), start, reverse)
+    return _LinearRecurrence.run(decay.to(dtype), x.to(dtype), initial.to(dtype).expand(x.shape[1:]), start, reverse)
 
 
 class _LinearRecurrence(torch.autograd.Function):
+    @classmethod
+    def run(cls, *inputs):  # apply takes longer than a step of acting
+        return cls.apply(*inputs) if torch.is_grad_enabled() else cls.forward(*inputs)
+
     @staticmethod
     def forward(decay, x, initial, start, reverse):
         recur = _opaque if torch.compiler.is_compiling() else _recur
@@ -184,7 +188,7 @@ class _LinearRecurrence(torch.autograd.Function):
         decay = decay.conj().resolve_conj()
         later = None if start is None else start.roll(shift, 0)
         zero = torch.zeros_like(initial)
-        grad_x = _LinearRecurrence.apply(decay.roll(shift, 0), grad, zero, later, not ctx.reverse)
+        grad_x = _LinearRecurrence.run(decay.roll(shift, 0), grad, zero, later, not ctx.reverse)
         grad_decay = grad_initial = None
         if ctx.needs_input_grad[0]:
             before = torch.cat((h[1:], initial[None]) if ctx.reverse else (initial[None], h[:-1]))
@@ -687,11 +691,11 @@ class GRUCell(nn.Module):
         begins[0] = True
         b, t = begins.T.nonzero(as_tuple=True)  # where each piece of an episode begins, sequence by sequence
         lengths = torch.diff(b * T + t, append=b.new_tensor([B * T]))
+        rows = torch.arange(B * T, device=x.device).split(lengths.tolist())
+        rows = nn.utils.rnn.pack_sequence(rows, enforce_sorted=False)  # one gather, not a slice for each piece
         h = torch.where(start[t, b][:, None], 0, state[b])  # (pieces, d_state)
-        pieces = x.transpose(0, 1).flatten(0, 1).split(lengths.tolist())
-        pieces = nn.utils.rnn.pack_sequence(pieces, enforce_sorted=False)
-        y, h = self.gru(pieces, h[None])
-        y = torch.cat(nn.utils.rnn.unpack_sequence(y)).unflatten(0, (B, T)).transpose(0, 1)
+        y, h = self.gru(rows._replace(data=x.transpose(0, 1).flatten(0, 1)[rows.data]), h[None])
+        y = y.data[rows.data.argsort()].unflatten(0, (B, T)).transpose(0, 1)
         last = torch.cat((b[1:] != b[:-1], b.new_ones(1, dtype=torch.bool)))
         return self.output(y), h[0, last]
 
