@@ -25,8 +25,7 @@ import measure
 import dqn_tbb
 import ppo_tbb
 
-RUNS = [("dqn_tbb.py", memory) for memory in ("lru", "s5", "ffm", "linear_transformer", "gru")]
-RUNS += [("dqn_sbb.py", "lru"), ("ppo_tbb.py", "lru")]
+RUNS = [("dqn_tbb.py", "lru"), ("dqn_tbb.py", "gru"), ("dqn_sbb.py", "lru"), ("ppo_tbb.py", "lru")]
 GOAL = 0.99
 
 

@@ -82,7 +82,7 @@ EXPERIMENTS = {
             memory=["lru"],
             flags=LONG,
         ),
-        dict(script=[PPO], task={"RepeatPreviousMedium": 250_000, "RepeatPreviousHard": 500_000}),
+        dict(script=[PPO], task={"RepeatPreviousMedium": 200_000, "RepeatPreviousHard": 200_000}),
     ],
     "ablations": [
         dict(script=[TBB], task=TASKS, memory=["lru"], flags=SMALL),
@@ -287,16 +287,19 @@ def runs_of(name, seeds, tasks=None, smoke=False):
     return runs
 
 
-def finished(path):
-    """The keys of the runs that a CSV holds whole. What a kill left of another, half a line even, is removed."""
+def finished(path, mend):
+    """The runs that a CSV holds whole, {key: rows}. mend: remove what a kill left of another, half a line even."""
     if not path.exists():
-        return set()
+        return {}
     text = path.read_text()
     rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
-    done = {row["run"] for row in rows if int(row["step"]) >= int(row["total_timesteps"])}
+    done = {row["run"]: [] for row in rows if int(row["step"]) >= int(row["total_timesteps"])}
+    rows = [row for row in rows if row["run"] in done]
+    for row in rows:
+        done[row["run"]].append(row)
     whole = io.StringIO()
-    append(whole, [row for row in rows if row["run"] in done])
-    if whole.getvalue() != text:
+    append(whole, rows)
+    if mend and whole.getvalue() != text:
         path.with_suffix(".tmp").write_text(whole.getvalue())
         os.replace(path.with_suffix(".tmp"), path)
     return done
@@ -366,11 +369,17 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
 
     paths = {}  # of each run's CSV; two experiments may have a run in common
+    done = {name: finished(folder / f"{name}.csv", mend=name in args.names) for name in EXPERIMENTS}
+    played = {key: rows for runs in done.values() for key, rows in runs.items()}
     for name in args.names:
         path = folder / f"{name}.csv"
-        done = finished(path)
         for run in runs_of(name, args.seeds, args.tasks, args.smoke):
-            if run.key not in done:
+            if run.key in done[name]:
+                continue
+            if run.key in played:
+                with open(path, "a", newline="") as file:
+                    append(file, played[run.key])
+            else:
                 paths.setdefault(run, []).append(path)
     failures = []
     results = on_ray(paths, args.ray) if args.ray else here(paths, args.jobs)
