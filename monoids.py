@@ -181,7 +181,7 @@ class _LinearRecurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         decay, initial, start, h = ctx.saved_tensors
-        if _on_gpu(grad) and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and _on_gpu(grad):
             needs_decay, _, needs_initial, *_ = ctx.needs_input_grad
             return *_triton_backward(*ctx.saved_tensors, grad, ctx.reverse, needs_decay, needs_initial), None, None
         first, shift = (-1, 1) if ctx.reverse else (0, -1)

@@ -680,6 +680,15 @@ def test_memory_by_the_general_path(name, T, owner, function, by, monkeypatch):
     same(fast, slow, [x, *leaves(state), *memory.parameters()])
 
 
+@pytest.mark.parametrize("name", AFFINE)
+def test_the_compiler_takes_a_memory_in_one_piece(name):
+    memory = memory_of(name)
+    x, start, state = normal(20, 3, D), starts(20, 3), used_state(memory, 3)
+    compiled = torch.compile(memory, backend="aot_eager", fullgraph=True, dynamic=False)
+    inputs = [x, *leaves(state), *memory.parameters()]
+    same(compiled(x, state, start), memory(x, state, start), inputs)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Each cell beside the equations it comes from, and the values it starts with
 

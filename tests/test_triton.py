@@ -225,6 +225,13 @@ def test_memories_are_the_same_on_the_kernel(name, monkeypatch):
     same(fast, slow, [x, *memory.parameters()])
 
 
+def test_compiler_takes_the_kernel_as_one_step():
+    memory = MEMORIES["lru"](4, num_layers=1, d_state=3).double().to(DEVICE)
+    x, start, state = normal(11, 2, 4), starts(11, 2, p=0.3), memory.initial_state(2)
+    compiled = torch.compile(memory, backend="aot_eager", fullgraph=True, dynamic=False)
+    same(compiled(x, state, start)[0], memory(x, state, start)[0], [x, *memory.parameters()])
+
+
 def test_who_gets_the_kernel(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(monoids, "HAS_TRITON", True)
