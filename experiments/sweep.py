@@ -322,10 +322,11 @@ def outcome(play):
 
 def here(runs, jobs):
     """Plays runs on this machine, `jobs` at a time. Yields (run, rows or exception), whichever is finished."""
-    processes = []
+    processes, futures = [], {}
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(play, run, ROOT, processes): run for run in runs}
-        try:
+        try:  # from the first submission on: an interrupt may come before the last
+            for run in runs:
+                futures[pool.submit(play, run, ROOT, processes)] = run
             for future in as_completed(futures):
                 yield futures[future], outcome(future.result)
         finally:  # after an interrupt nothing more is started, and what runs is killed
