@@ -218,7 +218,8 @@ def curves(runs, axis, xlabel, title, path, label, rows=False):
     """A panel for each task, or with rows a row of them, one for each memory; in each a line for each label(run)."""
     tasks, memories = unique(runs, "task"), unique(runs, "memory") if rows else [None]
     labels = ordered({label(run) for run in runs})
-    figure, axes = panels(*((len(tasks), len(memories)) if rows else (1, len(tasks))), 3.2, 2.4, sharey="row")
+    shape = (len(tasks), len(memories), 3.2, 2.4) if rows else (1, len(tasks), 4.5, 3.2)
+    figure, axes = panels(*shape, sharey="row")
     for ax, (task, memory) in zip(axes.flat, itertools.product(tasks, memories)):
         here = [run for run in runs if run["task"] == task and memory in (None, run["memory"])]
         for name in ordered({label(run) for run in here}):
