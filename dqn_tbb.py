@@ -463,7 +463,7 @@ def update(q_network, target_network, optimizer, batch, args):
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
-    if not torch.isfinite(loss + norm):
+    if not np.isfinite((loss + norm).item()):
         raise FloatingPointError(f"the loss is {loss.item()}, the norm of its gradient {norm.item()}")
     optimizer.step()
     with torch.no_grad():
@@ -520,6 +520,9 @@ if __name__ == "__main__":
     rng = np.random.default_rng(args.seed)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # tensors this small gain little from more, and lose much where cores are shared
+    # glibc goes by the largest block it has seen freed: it then keeps memory between updates instead of giving it back
+    # to the kernel, page by page, and fetching it again, which takes a tenth of the time (mallopt(3), M_MMAP_THRESHOLD)
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
     envs = make_envs(args, args.num_envs)

@@ -185,17 +185,15 @@ class _LinearRecurrence(torch.autograd.Function):
             needs_decay, _, needs_initial, *_ = ctx.needs_input_grad
             return *_triton_backward(*ctx.saved_tensors, grad, ctx.reverse, needs_decay, needs_initial), None, None
         first, shift = (-1, 1) if ctx.reverse else (0, -1)
-        decay = decay.conj().resolve_conj()
-        later = None if start is None else start.roll(shift, 0)
-        zero = torch.zeros_like(initial)
-        grad_x = _LinearRecurrence.run(decay.roll(shift, 0), grad, zero, later, not ctx.reverse)
+        zero, later = torch.zeros_like(initial), None if start is None else start.roll(shift, 0)
+        grad_x = _LinearRecurrence.run(decay.roll(shift, 0).conj_physical_(), grad, zero, later, not ctx.reverse)
         grad_decay = grad_initial = None
         if ctx.needs_input_grad[0]:
             before = torch.cat((h[1:], initial[None]) if ctx.reverse else (initial[None], h[:-1]))
-            before = before if start is None else ~start * before
-            grad_decay = (grad_x * before.conj()).sum_to_size(decay.shape)
+            before = before if start is None else before.mul_(~start)  # in place: fresh memory costs more than the sums
+            grad_decay = before.conj_physical_().mul_(grad_x).sum_to_size(decay.shape)
         if ctx.needs_input_grad[2]:
-            grad_initial = grad_x[first] * decay[first]
+            grad_initial = grad_x[first] * decay[first].conj()
             grad_initial = grad_initial if start is None else ~start[first] * grad_initial
         return grad_decay, grad_x, grad_initial, None, None
 
@@ -206,8 +204,8 @@ def _recur(
     """linear_recurrence without its gradient; decay and start broadcast to x (T, ...), initial (...)."""
     if _on_gpu(x):
         return _triton(decay, x, initial, start, reverse)[0]
-    decay = decay if start is None else ~start * decay
-    return _blocked(decay.expand(x.shape), x, initial, x.new_empty(x.shape), reverse)
+    keep = None if start is None else (~start).to(x.dtype)
+    return _blocked(decay.expand(x.shape), keep, x, initial, x.new_empty(x.shape), reverse)
 
 
 # to torch.compile it is one step, not a loop over time of complex numbers, which it can't fuse
@@ -215,34 +213,40 @@ _opaque = torch.library.custom_op("monoids::recur", _recur, mutates_args=())
 _opaque.register_fake(lambda decay, x, initial, start, reverse: x.new_empty(x.shape))
 
 
-def _blocked(decay, x, initial, out, reverse, K=8):
+def _blocked(decay, keep, x, initial, out, reverse, K=8):
     """The recurrence without its gradient, in fewer than 2T affine maps and O(log T) steps, written to `out`.
 
     Time is cut into C blocks of K rows. What a block does to the state that enters it is one affine map (a, b): K
     steps, all blocks at once, give all the maps. They form a recurrence of their own, C rows long, which gives the
     state that enters each block, by recursion. K more steps give every row. Row k of all blocks is a strided view, so
-    nothing is copied or padded; the rows that fill no block come last. decay, x and out (T, ...), initial (...).
+    nothing is copied or padded; the rows that fill no block come last. decay, x and out (T, ...), initial (...); keep,
+    which broadcasts to them, is 0 where an episode starts and else 1, or None.
     """
     T, order = len(x), slice(None, None, -1 if reverse else 1)
     C = T // K
     if C < 2:
+        decay = decay if keep is None else keep * decay
         for a_t, x_t, out_t in zip(*(y.unbind()[order] for y in (decay, x, out))):
             initial = torch.addcmul(x_t, a_t, initial, out=out_t)
         return out
     blocks, rest = (slice(T % K, T), slice(T % K)) if reverse else (slice(C * K), slice(C * K, T))
-    decays, xs, outs = (y[blocks].unflatten(0, (C, K)) for y in (decay, x, out))  # (C, K, ...)
-    steps = [*zip(*(y.unbind(1)[order] for y in (decays, xs, outs)))]  # K of (C, ...)
-    a, b = decays.prod(1), torch.zeros_like(x[:C])
-    for a_k, x_k, _ in steps:
+    cut = lambda y: y[blocks].unflatten(0, (C, K))  # (C, K, ...)
+    decays, xs, outs = (cut(y).unbind(1)[order] for y in (decay, x, out))  # K of (C, ...)
+    a = cut(decay).prod(1)
+    if keep is not None:
+        decays = [k * a_k for k, a_k in zip(cut(keep).unbind(1)[order], decays)]
+        a *= cut(keep).prod(1)
+    b = xs[0].clone()
+    for a_k, x_k in zip(decays[1:], xs[1:]):
         torch.addcmul(x_k, a_k, b, out=b)
     h = torch.empty_like(b)
     first, entered, left = (-1, slice(-1), slice(1, None)) if reverse else (0, slice(1, None), slice(-1))
     h[first] = initial
-    _blocked(a[left], b[left], initial, h[entered], reverse)
-    for a_k, x_k, out_k in steps:
+    _blocked(a[left], None, b[left], initial, h[entered], reverse)
+    for a_k, x_k, out_k in zip(decays, xs, outs):
         h = torch.addcmul(x_k, a_k, h, out=out_k)
     if T % K:
-        _blocked(decay[rest], x[rest], h[-1 - first], out[rest], reverse)
+        _blocked(decay[rest], keep if keep is None else keep[rest], x[rest], h[-1 - first], out[rest], reverse)
     return out
 
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))  # for monoids.py and the scripts
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 1))
 torch.set_num_threads(THREADS)
+torch.empty(2**25 - 2**16, dtype=torch.uint8)  # as the scripts do: malloc then keeps what is freed
 
 
 def pin():
