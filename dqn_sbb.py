@@ -474,10 +474,14 @@ def update(q_network, target_network, optimizer, batch, args):
     }
 
 
+def greedy_episodes(envs, q_network, args):
+    """One in each of the environments, always the same ones."""
+    return collect(envs, q_network, partial(policy, epsilon=0.0), (args.seed, 1), episode=0, quota=1)
+
+
 def evaluate(envs, q_network, args):
-    """The mean undiscounted return of greedy episodes, one in each of the environments, always the same ones."""
-    episodes = collect(envs, q_network, partial(policy, epsilon=0.0), (args.seed, 1), episode=0, quota=1)
-    return float(np.mean([episode.reward.sum() for episode in episodes]))
+    """The mean undiscounted return of greedy_episodes."""
+    return float(np.mean([episode.reward.sum() for episode in greedy_episodes(envs, q_network, args)]))
 
 
 def sensitivity(envs, q_network, args):
@@ -487,7 +491,7 @@ def sensitivity(envs, q_network, args):
     whole history. Episodes are laid end to end: nothing passes between them, so one backward pass serves all. Returns
     (ages,), from age 0 to that of the longest episode's first row; the mean over the episodes that are old enough.
     """
-    episodes = collect(envs, q_network, partial(policy, epsilon=0.0), (args.seed, 1), episode=0, quota=1)
+    episodes = greedy_episodes(envs, q_network, args)
     device = q_network.nvec.device
     rows = Rows(*(torch.as_tensor(np.concatenate(x), device=device)[:, None] for x in zip(*episodes)))
     age = torch.cat([torch.arange(len(e.start) - 2, -2, -1, device=device) for e in episodes])  # -1: final observation
