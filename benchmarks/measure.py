@@ -50,15 +50,15 @@ def once(f):
 def interleaved(contestants, seconds=2.0, rounds=100):
     """Median seconds of a call, for each of the contestants {name: function}.
 
-    They take turns, so that a busy moment of the machine hits all of them. Each is called once to warm up, then at
-    least three times, at most `rounds` times, and sits out when it has used its `seconds`.
+    They take turns, so that a busy moment of the machine hits all of them. A turn is two calls, of which the second
+    counts: in use, what ran before is the same function, not another that has filled the caches. Each has at least
+    three turns, at most `rounds`, and sits out when it has used its `seconds`.
     """
     times = {name: [] for name in contestants}
-    for f in contestants.values():
-        once(f)
     for _ in range(rounds):
         for name, f in contestants.items():
             if len(times[name]) < 3 or sum(times[name]) < seconds:
+                f()
                 times[name].append(once(f))
     return {name: statistics.median(values) for name, values in times.items()}
 

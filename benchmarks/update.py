@@ -152,7 +152,7 @@ def at_default_sizes(episodes):
         rows, transitions = len(inputs[2].value), len(ppo_tbb.transitions(inputs[2].rows))
         f = partial(ppo_tbb.update, *inputs)
         contestants["ppo_tbb.py", memory, args.d_model, transitions] = rows, f, f
-    return table(contestants, seconds=2.0)
+    return table(contestants, seconds=1.0)
 
 
 def on_longer_tapes(episodes):
@@ -161,7 +161,7 @@ def on_longer_tapes(episodes):
         for transitions in TAPES:
             sizes = memory, dqn_tbb.Args().d_model, transitions
             contestants["dqn_tbb.py", *sizes] = dqn_contestant(dqn_tbb, episodes, *sizes)
-    return table(contestants, seconds=2.0)
+    return table(contestants, seconds=1.0)
 
 
 def jax_contestant(q_network, batch, args):
@@ -206,7 +206,7 @@ def beside_the_authors(episodes):
         q_network, *rest, batch, args = inputs = dqn(dqn_tbb, episodes, *sizes)
         contestants["authors' JAX", *sizes] = jax_contestant(q_network, batch, args)
         contestants["dqn_tbb.py", *sizes] = batch[0].start.numel(), *2 * (partial(dqn_tbb.update, *inputs),)
-    return table(contestants, seconds=2.0)
+    return table(contestants, seconds=1.0)
 
 
 def in_a_process(threads):
