@@ -185,7 +185,8 @@ class _LinearRecurrence(torch.autograd.Function):
             needs_decay, _, needs_initial, *_ = ctx.needs_input_grad
             return *_triton_backward(*ctx.saved_tensors, grad, ctx.reverse, needs_decay, needs_initial), None, None
         first, shift = (-1, 1) if ctx.reverse else (0, -1)
-        zero, later = torch.zeros_like(initial), None if start is None else start.roll(shift, 0)
+        zero = torch.zeros_like(initial)
+        later = None if start is None else start.roll(shift, 0)
         grad_x = _LinearRecurrence.run(decay.roll(shift, 0).conj_physical_(), grad, zero, later, not ctx.reverse)
         grad_decay = grad_initial = None
         if ctx.needs_input_grad[0]:
