@@ -5,19 +5,20 @@ prefixes x_0, x_0 • x_1, x_0 • x_1 • x_2, ... can be computed as a tree in
 monoid* ("Revisiting Recurrent Reinforcement Learning with Memory Monoids", Morad et al. 2024, arXiv 2402.09900) is a
 memory model written as
 
-    lift f: O -> H          what one observation contributes
-    scan of • over time     what all observations up to now amount to
-    readout g: H x O -> S   what the agent gets to see of it
+    lift f: O -> H          maps one observation to an element of the monoid
+    scan of • over time     combines the elements of all observations up to now: the state
+    readout g: H x O -> S   maps the state and the observation to the output
 
-Any monoid can be made *resettable*, so that one scan runs over many episodes laid end to end and nothing passes between
-them. Discounted returns and advantages are scans of the same kind, run backwards.
+Any monoid can be made *resettable*, so that one scan runs over many concatenated episodes and nothing passes between
+them. Discounted returns and advantages are scans of the same kind, backwards in time.
 
-Time is dimension 0 everywhere, as in `torch.nn.GRU`. Shapes: T rows, B parallel sequences, D features.
+Time is dimension 0 everywhere, as in `torch.nn.GRU`. Shapes: T rows (time steps), B parallel sequences, D features.
 """
 
 import functools
 import importlib.util
 import math
+import os
 
 import torch
 import torch.nn as nn
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 
 
 class Monoid:
-    """A set with an associative operation and an identity. Subclass it and fill in the two methods to add one.
+    """A set with an associative operation and an identity. To add one, subclass this and define the two methods.
 
     An element is a tensor or a (nested) tuple of tensors, with any number of leading (time, batch) dimensions. Laws:
         (a • b) • c = a • (b • c)        and        e • a = a = a • e
@@ -47,9 +48,9 @@ class Monoid:
 class Affine(Monoid):
     """The maps h -> a h + b under composition; elements (a, b), two tensors of the same shape.
 
-    (a, b) • (a', b') = (a a', a' b + b'), with identity (1, 0). The scan's second half is h_t = a_t h_{t-1} + b_t from
-    h_{-1} = 0: every linear recurrence, discounted return and advantage in this file. Its fast path is
-    `linear_recurrence`.
+    (a, b) • (a', b') = (a a', a' b + b'), with identity (1, 0). The second half of the scan is h_t = a_t h_{t-1} + b_t
+    from h_{-1} = 0: every linear recurrence, discounted return and advantage in this file. `linear_recurrence` computes
+    it faster.
     """
 
     def identity(self, like):
@@ -61,7 +62,17 @@ class Affine(Monoid):
         return a * a2, a2 * b + b2
 
 
-class _Resettable(Monoid):
+class Resettable(Monoid):
+    """Any monoid, with a flag that starts a new episode. Section 4 of the paper:
+
+        (A, b) o (A', b') = (A • A', b or b')  where b' = 0
+                            (e • A', 1)        where b' = 1
+
+    The elements are (elements of `monoid`, start). start is bool, (T,) or (T, B): its dimensions are the leading ones
+    of every tensor in the elements; in other dtypes, nonzero is True. In a scan, a row whose start is True depends on
+    no earlier row, and no gradient passes back across it, not even a NaN.
+    """
+
     def __init__(self, monoid):
         self.monoid = monoid
 
@@ -71,21 +82,12 @@ class _Resettable(Monoid):
 
     def op(self, left, right):
         (A, b), (A2, b2) = left, right
-        forget = lambda x, e: torch.where(b2.reshape(b2.shape + (1,) * (x.ndim - b2.ndim)), e, x)
-        return self.monoid.op(tree_map(forget, A, self.monoid.identity(A)), A2), b | b2
+        reset = lambda x, e: torch.where(b2.bool().reshape(b2.shape + (1,) * (x.ndim - b2.ndim)), e, x)
+        either = (b.bool() | b2.bool()).to(b2.dtype)
+        return self.monoid.op(tree_map(reset, A, self.monoid.identity(A)), A2), either
 
 
-def resettable(monoid):
-    """Any monoid, with a flag that starts a new episode. Section 4 of the paper:
-
-        (A, b) o (A', b') = (A • A', b or b')  where b' = 0
-                            (e • A', 1)        where b' = 1
-
-    Returns a Monoid whose elements are (elements of `monoid`, start). start is bool, (T,) or (T, B): its dimensions are
-    the leading ones of every tensor in the elements. In a scan, a row whose start is True sees nothing of the rows
-    before it, and no gradient passes back over it, not even a NaN.
-    """
-    return _Resettable(monoid)
+resettable = Resettable  # a transform, from monoid to monoid
 
 
 def tree_map(f, *trees):
@@ -133,44 +135,43 @@ def _interleave(even, odd):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The fast path of the affine monoid
+# The scan of the affine monoid: linear recurrences
 
 
 def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
-    """h_t = decay_t h_{t-1} + x_t, the recurrence under every memory and return in this file.
+    """h_t = decay_t h_{t-1} + x_t, the recurrence in every memory and return of this file.
 
     x:       (T, ...), T >= 1, real or complex
     decay:   broadcasts to x, as in (D,), (T, 1, D) or (T, B, D)
-    initial: (...), or what broadcasts to it: h before the first row (the last one if reverse); None is zero
+    initial: h before the first row (after the last row if reverse), broadcasts to (...); None: zero
     reverse: h_t = decay_t h_{t+1} + x_t instead
-    start:   bool, (T,) or (T, B), its dimensions the leading ones of x: where it is True decay counts as zero, so that
-             a row sees nothing before itself; None is nowhere
-    Returns h (T, ...), in the dtype that decay, x and initial promote to. Raises RuntimeError where shapes don't
-    broadcast.
+    start:   bool (in other dtypes, nonzero is True), (T,) or (T, B): its dimensions are the leading ones of x. Where it
+             is True, decay counts as zero, so h_t = x_t. None: no resets
+    Returns h (T, ...), in the dtype to which decay, x and initial promote. Raises ValueError if T is 0, RuntimeError if
+    the shapes do not broadcast.
 
-    Equals the second half of `scan(Affine(), (decay, x))` while products of decays are finite, as they are for |decay|
-    <= 1, and so is x: a NaN does not stop at a zero decay as it does at a flag of `resettable`. The backward pass is
-    the same recurrence, reversed:
+    Equals the second half of `scan(Affine(), (decay, x))` as long as products of decays are finite, as they are for
+    |decay| <= 1. The backward pass is the same recurrence, reversed:
         dL/dx_t = dL/dh_t + conj(decay_{t+1}) dL/dx_{t+1}        dL/ddecay_t = dL/dx_t conj(h_{t-1})
-    so it needs the outputs and nothing else: O(T) memory, and it can be differentiated again.
+    It needs only decay and h, so memory is O(T). It can be differentiated again.
     """
     if len(x) < 1:
         raise ValueError("linear_recurrence: a sequence of at least one row is needed, got none")
     initial = x.new_zeros(()) if initial is None else initial
     dtype = torch.promote_types(torch.promote_types(decay.dtype, x.dtype), initial.dtype)
     decay = decay.reshape((1,) * (x.ndim - decay.ndim) + decay.shape)
-    start = start if start is None else start.reshape(start.shape + (1,) * (x.ndim - start.ndim))
+    start = start if start is None else start.bool().reshape(start.shape + (1,) * (x.ndim - start.ndim))
     return _LinearRecurrence.run(decay.to(dtype), x.to(dtype), initial.to(dtype).expand(x.shape[1:]), start, reverse)
 
 
 class _LinearRecurrence(torch.autograd.Function):
     @classmethod
-    def run(cls, *inputs):  # apply takes longer than a step of acting
+    def run(cls, *inputs):  # while acting, apply would take longer than the recurrence itself
         return cls.apply(*inputs) if torch.is_grad_enabled() else cls.forward(*inputs)
 
     @staticmethod
     def forward(decay, x, initial, start, reverse):
-        recur = _opaque if torch.compiler.is_compiling() else _recur
+        recur = _recur_op if torch.compiler.is_compiling() else _recur
         return recur(decay, x, initial, start, reverse)
 
     @staticmethod
@@ -181,17 +182,15 @@ class _LinearRecurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         decay, initial, start, h = ctx.saved_tensors
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and _on_gpu(grad):
-            needs_decay, _, needs_initial, *_ = ctx.needs_input_grad
-            return *_triton_backward(*ctx.saved_tensors, grad, ctx.reverse, needs_decay, needs_initial), None, None
         first, shift = (-1, 1) if ctx.reverse else (0, -1)
         zero = torch.zeros_like(initial)
-        later = None if start is None else start.roll(shift, 0)
-        grad_x = _LinearRecurrence.run(decay.roll(shift, 0).conj_physical_(), grad, zero, later, not ctx.reverse)
+        start_after = None if start is None else start.roll(shift, 0)
+        decay_after = decay.roll(shift, 0).conj_physical_()
+        grad_x = _LinearRecurrence.run(decay_after, grad, zero, start_after, not ctx.reverse)
         grad_decay = grad_initial = None
         if ctx.needs_input_grad[0]:
-            before = torch.cat((h[1:], initial[None]) if ctx.reverse else (initial[None], h[:-1]))
-            before = before if start is None else before.mul_(~start)  # in place: fresh memory costs more than the sums
+            before = _shift(h, initial, ctx.reverse)  # h_{t-1}
+            before = before if start is None else before.mul_(~start)  # in place: allocating is slower
             grad_decay = before.conj_physical_().mul_(grad_x).sum_to_size(decay.shape)
         if ctx.needs_input_grad[2]:
             grad_initial = grad_x[first] * decay[first].conj()
@@ -199,251 +198,9 @@ class _LinearRecurrence(torch.autograd.Function):
         return grad_decay, grad_x, grad_initial, None, None
 
 
-def _recur(
-    decay: torch.Tensor, x: torch.Tensor, initial: torch.Tensor, start: torch.Tensor | None, reverse: bool
-) -> torch.Tensor:
-    """linear_recurrence without its gradient; decay and start broadcast to x (T, ...), initial (...)."""
-    if _on_gpu(x):
-        return _triton(decay, x, initial, start, reverse)[0]
-    keep = None if start is None else (~start).to(x.dtype)
-    return _blocked(decay.expand(x.shape), keep, x, initial, x.new_empty(x.shape), reverse)
-
-
-# to torch.compile it is one step, not a loop over time of complex numbers, which it can't fuse
-_opaque = torch.library.custom_op("monoids::recur", _recur, mutates_args=())
-_opaque.register_fake(lambda decay, x, initial, start, reverse: x.new_empty(x.shape))
-
-
-def _blocked(decay, keep, x, initial, out, reverse, K=8):
-    """The recurrence without its gradient, in fewer than 2T affine maps and O(log T) steps, written to `out`.
-
-    Time is cut into C blocks of K rows. What a block does to the state that enters it is one affine map (a, b): K
-    steps, all blocks at once, give all the maps. They form a recurrence of their own, C rows long, which gives the
-    state that enters each block, by recursion. K more steps give every row. Row k of all blocks is a strided view, so
-    nothing is copied or padded; the rows that fill no block come last. decay, x and out (T, ...), initial (...); keep,
-    which broadcasts to them, is 0 where an episode starts and else 1, or None.
-    """
-    T, order = len(x), slice(None, None, -1 if reverse else 1)
-    C = T // K
-    if C < 2:
-        decay = decay if keep is None else keep * decay
-        for a_t, x_t, out_t in zip(*(y.unbind()[order] for y in (decay, x, out))):
-            initial = torch.addcmul(x_t, a_t, initial, out=out_t)
-        return out
-    blocks, rest = (slice(T % K, T), slice(T % K)) if reverse else (slice(C * K), slice(C * K, T))
-    cut = lambda y: y[blocks].unflatten(0, (C, K))  # (C, K, ...)
-    decays, xs, outs = (cut(y).unbind(1)[order] for y in (decay, x, out))  # K of (C, ...)
-    a = cut(decay).prod(1)
-    if keep is not None:
-        decays = [k * a_k for k, a_k in zip(cut(keep).unbind(1)[order], decays)]
-        a *= cut(keep).prod(1)
-    b = xs[0].clone()
-    for a_k, x_k in zip(decays[1:], xs[1:]):
-        torch.addcmul(x_k, a_k, b, out=b)
-    h = torch.empty_like(b)
-    first, entered, left = (-1, slice(-1), slice(1, None)) if reverse else (0, slice(1, None), slice(-1))
-    h[first] = initial
-    _blocked(a[left], None, b[left], initial, h[entered], reverse)
-    for a_k, x_k, out_k in zip(decays, xs, outs):
-        h = torch.addcmul(x_k, a_k, h, out=out_k)
-    if T % K:
-        _blocked(decay[rest], keep if keep is None else keep[rest], x[rest], h[-1 - first], out[rest], reverse)
-    return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The same on a GPU: a chunked scan, in Triton
-
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # it comes with most CUDA builds of PyTorch
-
-
-def _on_gpu(x):
-    """Whether the kernel takes x. Triton launches on the current device, whichever x is on."""
-    kinds = torch.float32, torch.float64, torch.complex64, torch.complex128
-    return HAS_TRITON and x.is_cuda and x.dtype in kinds and x.get_device() == torch.cuda.current_device()
-
-
-def _tiling(T, N, itemsize):
-    """Rows and channels of a tile, and rows of a chunk, to walk over T rows of N channels.
-
-    A tile is 8 KB: 128 rows of 64 bytes, which is enough side by side to read memory at full speed, or more rows of
-    fewer channels. 256 programs fill a GPU. Where channels alone don't make as many, time is cut into chunks; not for 8
-    tiles or fewer, which are sooner walked than another kernel is launched.
-    """
-    channels = min(64 // itemsize, 1 << max(0, N - 1).bit_length())
-    rows = 8192 // (channels * itemsize)
-    tiles, programs = math.ceil(T / rows), math.ceil(N / channels)
-    chunks = 1 if tiles <= 8 else 256 // min(256, max(1, programs))
-    return rows, channels, rows * math.ceil(tiles / chunks)
-
-
-@functools.cache
-def _triton_kernel():
-    """The kernel, made when first needed: to import Triton takes half a second, and not everybody has it.
-
-    A program walks through one chunk of time, for CHANNELS of the N = B x D channels, tile by tile. In a tile, a tree
-    over its rows composes the affine maps (decay, x) of rows 0 to k into one, for every k. Applied to the state that
-    enters the tile they give the state of every row; that of the last row enters the next tile.
-
-    Step s of the walk is at row t = s, or t = T - 1 - s if REVERSE. Where `product` is given, the chunk starts from
-    zero and its own map is all that is written: (product, out). Otherwise it starts from `enter`, and out gets the
-    states. BACKWARD is the walk of the backward pass: step s uses the conjugate decay of step s - 1, because the decay
-    that carries h_t to h_{t+1} carries the gradient back. Where `grad_decay` is given, it gets the gradient of decay,
-    worked out on the way from the states h: of every row, or if decay is CONSTANT in time, the sum over the chunk.
-    """
-    global tl, _load, _store, _only, _multiply_add, _compose, _compose_complex  # where Triton looks for them
-    import triton
-    import triton.language as tl
-
-    # A number is a tuple of tensors here, (value,) or (real part, imaginary part); in memory the two are neighbours.
-
-    @triton.jit
-    def _load(pointer, offset, mask, COMPLEX: tl.constexpr):
-        if COMPLEX:
-            pair = tl.expand_dims(pointer + 2 * offset, -1) + tl.arange(0, 2)
-            return tl.split(tl.load(pair, tl.expand_dims(mask, -1), other=0.0))
-        else:
-            return (tl.load(pointer + offset, mask, other=0.0),)
-
-    @triton.jit
-    def _store(pointer, offset, value, mask):
-        if len(value) == 2:
-            pair = tl.expand_dims(pointer + 2 * offset, -1) + tl.arange(0, 2)
-            tl.store(pair, tl.join(value[0], value[1]), tl.expand_dims(mask, -1))
-        else:
-            tl.store(pointer + offset, value[0], mask)
-
-    @triton.jit
-    def _only(mask, value, CONJUGATE: tl.constexpr = False):  # zero elsewhere
-        if len(value) == 2:
-            return tl.where(mask, value[0], 0.0), tl.where(mask, -value[1] if CONJUGATE else value[1], 0.0)
-        else:
-            return (tl.where(mask, value[0], 0.0),)
-
-    @triton.jit
-    def _multiply_add(a, b, c):  # a b + c
-        if len(a) == 2:
-            return a[0] * b[0] - a[1] * b[1] + c[0], a[0] * b[1] + a[1] * b[0] + c[1]
-        else:
-            return (a[0] * b[0] + c[0],)
-
-    @triton.jit
-    def _compose(a, b, a2, b2):  # Affine.op
-        return a * a2, a2 * b + b2
-
-    @triton.jit
-    def _compose_complex(a, a_i, b, b_i, a2, a2_i, b2, b2_i):
-        return a * a2 - a_i * a2_i, a * a2_i + a_i * a2, a2 * b - a2_i * b_i + b2, a2 * b_i + a2_i * b + b2_i
-
-    @triton.jit
-    def kernel(
-        decay, x, enter, out, product, h, grad_decay, start, decay_stride, start_stride, T, N, D, CHUNK,
-        REVERSE: tl.constexpr, BACKWARD: tl.constexpr, CONSTANT: tl.constexpr, COMPLEX: tl.constexpr,
-        ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-    ):  # fmt: skip
-        parts: tl.constexpr = 2 if COMPLEX else 1
-        step: tl.constexpr = -1 if REVERSE else 1
-        n = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)  # 64 bits: x may be larger than 2^31
-        chunk = tl.program_id(1).to(tl.int64)
-        b, d = n // D, n % D
-        decay_n = b * decay_stride[1] + d * decay_stride[2]
-        row = tl.arange(0, ROWS)[:, None]
-        zero = (tl.zeros((CHANNELS,), out.dtype.element_ty),) * parts
-        total = (zero[0] + 1,) + zero[1:]  # the product of the chunk's decays
-        gradient = (tl.zeros((ROWS, CHANNELS), out.dtype.element_ty),) * parts
-        carry = zero
-        if enter is not None:
-            carry = _load(enter, chunk * N + n, n < N, COMPLEX)
-        # num_stages: the tiles that follow are on their way from memory while this one is worked on
-        for s0 in tl.range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, T), ROWS, num_stages=3):
-            s = s0 + row
-            t = T - 1 - s if REVERSE else s
-            here = (s < T) & (n < N)
-            leads = here & (s > 0) if BACKWARD else here
-            u = t - step if BACKWARD else t  # the row whose decay leads here from the step before
-            if CONSTANT:
-                a = _load(decay, decay_n, n < N, COMPLEX)
-            else:
-                a = _load(decay, u * decay_stride[0] + decay_n, leads, COMPLEX)
-            if start is not None:
-                leads = leads & (tl.load(start + u * start_stride[0] + b * start_stride[1], leads, other=0) == 0)
-            maps = _only(leads, a, BACKWARD) + _load(x, t * N + n, here, COMPLEX)
-            maps = tl.associative_scan(maps, 0, _compose_complex if COMPLEX else _compose)
-            products = maps[:parts]
-            states = _multiply_add(products, carry, maps[parts:])
-            carry = [tl.sum(value, 0) for value in _only(row == ROWS - 1, states)]
-            if product is not None:
-                total = _multiply_add([tl.sum(value, 0) for value in _only(row == ROWS - 1, products)], total, zero)
-            else:
-                _store(out, t * N + n, states, here)
-            if grad_decay is not None:
-                before = here & (s + 1 < T)  # before row t as time goes: after it in this walk
-                h_before = _load(h, (t + step) * N + n, before, COMPLEX)
-                if start is not None:
-                    before = before & (tl.load(start + t * start_stride[0] + b * start_stride[1], before, other=0) == 0)
-                h_before = _only(before, h_before, True)
-                if CONSTANT:
-                    gradient = _multiply_add(states, h_before, gradient)
-                else:
-                    _store(grad_decay, t * N + n, _multiply_add(states, h_before, gradient), here)
-        if product is not None:
-            _store(product, chunk * N + n, total, n < N)
-            _store(out, chunk * N + n, carry, n < N)
-        if CONSTANT and grad_decay is not None:
-            _store(grad_decay, chunk * N + n, [tl.sum(value, 0) for value in gradient], n < N)
-
-    return kernel
-
-
-def _triton(decay, x, initial, start, reverse, backward=False, h=None):
-    """The kernel over all chunks: decay and x (T, ...), initial (...), start -> states (T, ...), gradient of decay.
-
-    The chunks' maps are a recurrence of their own, C - 1 rows long, which gives the state that enters each chunk. The
-    gradient is None without h. It lacks the term of the row that `initial` enters, and where decay is the same in all
-    rows it is (C, ...), sums over the chunks.
-    """
-    shape, D = x.shape, math.prod(x.shape[2:])
-
-    def merge(x):  # (T, B, ...) -> (T, B, D); what is broadcast over T or B stays so
-        x = x.expand(*x.shape[:2], *shape[2:]).reshape(*(*x.shape, 1)[:2], D)
-        return x.resolve_conj().resolve_neg()
-
-    decay, x, enter = merge(decay), merge(x).contiguous(), merge(initial[None]).contiguous()
-    T, B, _ = x.shape
-    rows, channels, rows_of_chunk = _tiling(T, B * D, x.element_size())
-    C = math.ceil(T / rows_of_chunk)
-    start_stride = None if start is None else start.reshape((*start.shape, 1)[:2]).expand(T, B).stride()
-    flags = reverse, backward, len(decay) == 1, x.is_complex()
-
-    def run(C, *tensors):
-        tensors = [y if y is None or not y.is_complex() else torch.view_as_real(y) for y in (decay, x, *tensors)]
-        strides = decay.expand(T, B, D).stride(), start_stride
-        kernel = _triton_kernel()[math.ceil(B * D / channels), C]
-        kernel(*tensors, start, *strides, T, B * D, D, rows_of_chunk, *flags, rows, channels)
-
-    if C > 1:
-        product, last = x.new_empty(2, C - 1, B, D)
-        run(C - 1, None, last, product, None, None)
-        enter = torch.cat((enter, _triton(product, last, enter[0], None, False)[0]))
-    out = torch.empty_like(x)
-    if h is None:
-        run(C, enter, out, None, None, None)
-        return out.view(shape), None
-    grad_decay = x.new_empty(C if len(decay) == 1 else T, B, D)
-    run(C, enter, out, None, h, grad_decay)
-    return out.view(shape), grad_decay.view(-1, *shape[1:])
-
-
-def _triton_backward(decay, initial, start, h, grad, reverse, needs_decay, needs_initial):
-    """The gradients of decay, x and initial, given that of h, in one sweep (which can't be differentiated again)."""
-    zero, first = torch.zeros_like(initial), -1 if reverse else 0
-    grad_x, grad_decay = _triton(decay, grad, zero, start, not reverse, True, h if needs_decay else None)
-    edge = grad_x[first] if start is None else ~start[first] * grad_x[first]  # what passes into the initial state
-    if needs_decay:
-        grad_decay[first] += edge * initial.conj()
-        grad_decay = grad_decay.sum_to_size(decay.shape)
-    return grad_decay, grad_x, edge * decay[first].conj() if needs_initial else None
+def _shift(h, initial, reverse):
+    """The state before each row: h_{t-1}, or h_{t+1} if reverse. h (T, ...), initial (...) -> (T, ...)"""
+    return torch.cat((h[1:], initial[None]) if reverse else (initial[None], h[:-1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,7 +244,7 @@ def gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory models: lift, monoid, readout. All four are affine monoids, so a reset is a zero in the decay.
+# Memory models: lift, affine monoid, readout
 
 
 class Cell(nn.Module):
@@ -679,6 +436,32 @@ class LinearTransformerCell(Cell):
         return self.output((y[..., :-1] / y[..., -1:]).flatten(2))
 
 
+class MinGRUCell(Cell):
+    """minGRU (Feng et al. 2024, "Were RNNs All We Needed?", arXiv 2410.01201, section 3.1).
+
+        h_t = (1 - z_t) h_{t-1} + z_t h~_t        z_t = sigmoid(W_z x_t + b_z)        h~_t = W_h x_t + b_h
+
+    The decay 1 - z_t depends on the input: the cell can hold a state until the input replaces it. As in chrono
+    initialisation (Tallec & Ollivier 2018, arXiv 1804.11188), the forget bias -b_z is initialised to log u, so that at
+    x = 0 a state decays as exp(-t / u) or thereabouts; u is log-uniform in [1, `horizon`] rows.
+    """
+
+    def __init__(self, d_model, d_state=256, horizon=1000):
+        super().__init__()
+        self.state_shape = (d_state,)
+        self.gate = nn.Linear(d_model, d_state)
+        self.candidate = nn.Linear(d_model, d_state)
+        self.output = nn.Linear(d_state, d_model)
+        nn.init.uniform_(self.gate.bias, -math.log(horizon), 0)
+
+    def lift(self, x):
+        z = torch.sigmoid(self.gate(x))  # (T, B, d_state)
+        return 1 - z, z * self.candidate(x)
+
+    def readout(self, h, x):
+        return self.output(h)
+
+
 class GRUCell(nn.Module):
     """`torch.nn.GRU`, run episode by episode: a yardstick that is no monoid, so time is a loop over the longest one."""
 
@@ -705,36 +488,33 @@ class GRUCell(nn.Module):
         return self.output(y), h[0, last]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What sits around a cell, the same for all of them
-
-
 class Memory(nn.Module):
-    """`num_layers` residual blocks around a cell, pre-normalised and gated as in S5 and LRU; the cell is all that
-    differs.
+    """A stack of cells, each in a residual block, pre-normalised and gated as in S5 and LRU:
 
         x <- x + GLU(W gelu(norm(cell(norm(x)))))
 
-    Every class in MEMORIES that derives from this takes d_model, num_layers and the sizes of its cell.
+    cells: modules with the interface of `Cell`; Memory(d, [LRUCell(d), MinGRUCell(d)]) is a stack of two layers.
+    Without cells there is no memory: y = x, and the state is the empty tuple.
     initial_state(B):   the state before any row: a tuple of one tensor (B, ...) a layer
-    memory(x, state, start): x (T, B, d_model) float, start (T, B) bool -> y (T, B, d_model), the state after row T-1. A
-    row whose start is True is consumed from the initial state, whatever state came before it. T >= 1. All rows at once,
-    one row at a time with the state carried over, or any cut in between give the same y.
+    memory(x, state, start): x (T, B, d_model) float, start (T, B) bool (in other dtypes, nonzero is True) -> y (T, B,
+    d_model), the state after row T-1. A row whose start is True is consumed from the initial state, whatever state came
+    before it. T >= 1. All rows at once, one row at a time with the state carried over, or any cut in between give the
+    same y. Raises ValueError if the batch size of the state is not that of x.
     """
 
-    cell = None
-
-    def __init__(self, d_model, num_layers=2, **sizes):
+    def __init__(self, d_model, cells):
         super().__init__()
-        self.cells = nn.ModuleList(self.cell(d_model, **sizes) for _ in range(num_layers))
-        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(2 * num_layers))
-        self.gates = nn.ModuleList(nn.Linear(d_model, 2 * d_model) for _ in range(num_layers))
+        self.cells = nn.ModuleList(cells)
+        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(2 * len(self.cells)))
+        self.gates = nn.ModuleList(nn.Linear(d_model, 2 * d_model) for _ in self.cells)
 
     def initial_state(self, B):
         return tuple(cell.initial_state(B) for cell in self.cells)
 
     def forward(self, x, state, start):
-        after = []
+        if any(len(h) != x.shape[1] for h in state):
+            raise ValueError(f"memory: x has batch size {x.shape[1]}, the state {[len(h) for h in state]}")
+        start, after = start.bool(), []
         norms = self.norms[::2], self.norms[1::2]
         for cell, norm, norm2, gate, h in zip(self.cells, *norms, self.gates, state, strict=True):
             y, h = cell(norm(x), h, start)
@@ -743,37 +523,226 @@ class Memory(nn.Module):
         return x, tuple(after)
 
 
-class LRU(Memory):
-    cell = LRUCell
+CELLS = {
+    "lru": LRUCell,
+    "s5": S5Cell,
+    "ffm": FFMCell,
+    "linear_transformer": LinearTransformerCell,
+    "mingru": MinGRUCell,
+    "gru": GRUCell,
+}
 
 
-class S5(Memory):
-    cell = S5Cell
+def _layers(name, d_model, num_layers=2, **sizes):
+    return Memory(d_model, [CELLS[name](d_model, **sizes) for _ in range(num_layers)])
 
 
-class FFM(Memory):
-    cell = FFMCell
+# MEMORIES[name](d_model, num_layers=2, **sizes): sizes are keyword arguments of the cell
+MEMORIES = {name: functools.partial(_layers, name) for name in CELLS} | {"none": functools.partial(Memory, cells=())}
 
 
-class LinearTransformer(Memory):
-    cell = LinearTransformerCell
+def make_memory(names, d_model):
+    """One name: two layers of it, as MEMORIES[name](d_model). Several names: one layer of each, in that order.
+
+    names: a list of keys of MEMORIES; "none" adds no layer. Raises KeyError if a name is not among them.
+    """
+    if len(names) == 1:
+        return MEMORIES[names[0]](d_model)
+    return Memory(d_model, [CELLS[name](d_model) for name in names if name != "none"])
 
 
-class GRU(Memory):
-    cell = GRUCell
+# ---------------------------------------------------------------------------------------------------------------------
+# Fast paths of linear_recurrence: blocks on a CPU, a Triton kernel on a GPU. You may stop reading here: they compute
+# the same function, only faster.
 
 
-class NoMemory(nn.Module):
-    """Remembers nothing and passes its input through: the control of every experiment. Its state is an empty tensor."""
-
-    def __init__(self, d_model):
-        super().__init__()
-
-    def initial_state(self, B):
-        return torch.zeros(B, 0)
-
-    def forward(self, x, state, start):
-        return x, state
+def _recur(
+    decay: torch.Tensor, x: torch.Tensor, initial: torch.Tensor, start: torch.Tensor | None, reverse: bool
+) -> torch.Tensor:
+    """linear_recurrence without its gradient; decay and start broadcast to x (T, ...), initial (...)."""
+    if _on_gpu(x):
+        return _triton(decay, x, initial, start, reverse)
+    decay = decay if start is None else (~start).to(x.dtype) * decay
+    return _blocked(decay.expand(x.shape), x, initial, reverse)
 
 
-MEMORIES = {"lru": LRU, "s5": S5, "ffm": FFM, "linear_transformer": LinearTransformer, "gru": GRU, "none": NoMemory}
+# torch.compile cannot fuse a loop over time of complex numbers: it sees the recurrence as one operator
+_recur_op = torch.library.custom_op("monoids::recur", _recur, mutates_args=())
+_recur_op.register_fake(lambda decay, x, initial, start, reverse: x.new_empty(x.shape))
+
+
+def _blocked(decay, x, initial, reverse, K=8):
+    """The recurrence without its gradient, in fewer than 2T affine maps and O(log T) steps.
+
+    Time is cut into C blocks of K rows. What a block does to the state that enters it is one affine map (a, b): K
+    steps, all blocks at once, give all the maps. They form a recurrence of their own, C rows long, which gives the
+    state that enters each block, by recursion. K more steps give every row. Row k of all blocks is a strided view, so
+    nothing is copied or padded; the rows that fill no block come first. decay and x (T, ...), initial (...).
+    """
+    out = x.new_empty(x.shape)
+    T, C, order = len(x), len(x) // K, slice(None, None, -1 if reverse else 1)
+    if C < 2:
+        _steps(initial, *(y.unbind()[order] for y in (decay, x, out)))
+        return out
+    sizes = [T % K, C * K][order]
+    (decay_0, decay), (x_0, x), (out_0, blocks_out) = (y.split(sizes)[order] for y in (decay, x, out))
+    initial = _steps(initial, *(y.unbind()[order] for y in (decay_0, x_0, out_0)))
+    blocks = [y.unflatten(0, (C, K)) for y in (decay, x, blocks_out)]  # (C, K, ...)
+    decays, xs, outs = (y.unbind(1)[order] for y in blocks)  # K of (C, ...)
+    a, b = blocks[0].prod(1), torch.empty_like(xs[0])
+    _steps(xs[0], decays[1:], xs[1:], [b] * (K - 1))
+    h = _blocked(a, b, initial, reverse)  # after each block
+    _steps(_shift(h, initial, reverse), decays, xs, outs)
+    return out
+
+
+def _steps(h, decays, xs, outs):
+    for a, x, out in zip(decays, xs, outs):
+        h = torch.addcmul(x, a, h, out=out)
+    return h
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None and (
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"  # importing Triton takes half a second
+)
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+
+    # In the kernel a number is a tuple, (value,) or (real part, imaginary part); in memory the two are neighbours.
+
+    @triton.jit
+    def _load(pointer, offset, mask, COMPLEX: tl.constexpr):
+        if COMPLEX:
+            pair = tl.expand_dims(pointer + 2 * offset, -1) + tl.arange(0, 2)
+            return tl.split(tl.load(pair, tl.expand_dims(mask, -1), other=0.0))
+        else:
+            return (tl.load(pointer + offset, mask, other=0.0),)
+
+    @triton.jit
+    def _store(pointer, offset, value, mask):
+        if len(value) == 2:
+            pair = tl.expand_dims(pointer + 2 * offset, -1) + tl.arange(0, 2)
+            tl.store(pair, tl.join(value[0], value[1]), tl.expand_dims(mask, -1))
+        else:
+            tl.store(pointer + offset, value[0], mask)
+
+    @triton.jit
+    def _multiply_add(a, b, c):  # a b + c
+        if len(a) == 2:
+            return a[0] * b[0] - a[1] * b[1] + c[0], a[0] * b[1] + a[1] * b[0] + c[1]
+        else:
+            return (a[0] * b[0] + c[0],)
+
+    @triton.jit
+    def _where(mask, value):  # zero elsewhere
+        if len(value) == 2:
+            return tl.where(mask, value[0], 0.0), tl.where(mask, value[1], 0.0)
+        else:
+            return (tl.where(mask, value[0], 0.0),)
+
+    @triton.jit
+    def _compose(a, b, a2, b2):  # Affine.op
+        return a * a2, a2 * b + b2
+
+    @triton.jit
+    def _compose_complex(a, a_i, b, b_i, a2, a2_i, b2, b2_i):
+        return a * a2 - a_i * a2_i, a * a2_i + a_i * a2, a2 * b - a2_i * b_i + b2, a2 * b_i + a2_i * b + b2_i
+
+    @triton.jit
+    def _kernel(
+        decay, x, enter, out, product, start, decay_stride, start_stride, T, N, D, CHUNK,
+        REVERSE: tl.constexpr, COMPLEX: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    ):  # fmt: skip
+        """One chunk of time, for CHANNELS of the N = B x D channels, tile by tile of ROWS rows.
+
+        In a tile, a tree over its rows composes the affine maps (decay, x) of rows 0 to k into one, for every k.
+        Applied to the state that enters the tile they give the state of every row; that of the last row enters the next
+        tile. With `enter` given, `out` gets the states. With `product` given, the chunk starts from zero and only its
+        own map is written: (product, out).
+        """
+        parts: tl.constexpr = 2 if COMPLEX else 1
+        n = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)  # 64 bits: x may be larger than 2^31
+        chunk = tl.program_id(1).to(tl.int64)
+        b, d = n // D, n % D
+        row = tl.arange(0, ROWS)[:, None]
+        zero = (tl.zeros((CHANNELS,), out.dtype.element_ty),) * parts
+        total = (zero[0] + 1,) + zero[1:]  # the product of the chunk's decays
+        state = zero
+        if enter is not None:
+            state = _load(enter, chunk * N + n, n < N, COMPLEX)
+        # num_stages: the next tiles are loaded while this one is computed
+        for s0 in tl.range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, T), ROWS, num_stages=3):
+            s = s0 + row
+            t = T - 1 - s if REVERSE else s
+            inside = (s < T) & (n < N)
+            a = _load(decay, t * decay_stride[0] + b * decay_stride[1] + d * decay_stride[2], inside, COMPLEX)
+            if start is not None:
+                resets = tl.load(start + t * start_stride[0] + b * start_stride[1], inside, other=0) != 0
+                a = _where(resets == 0, a)
+            maps = a + _load(x, t * N + n, inside, COMPLEX)
+            maps = tl.associative_scan(maps, 0, _compose_complex if COMPLEX else _compose)
+            products = maps[:parts]
+            states = _multiply_add(products, state, maps[parts:])
+            state = [tl.sum(value, 0) for value in _where(row == ROWS - 1, states)]
+            if product is not None:
+                total = _multiply_add([tl.sum(value, 0) for value in _where(row == ROWS - 1, products)], total, zero)
+            else:
+                _store(out, t * N + n, states, inside)
+        if product is not None:
+            _store(product, chunk * N + n, total, n < N)
+            _store(out, chunk * N + n, state, n < N)
+
+
+def _on_gpu(x):
+    """Whether the kernel takes x. Triton launches on the current device, whichever device x is on."""
+    dtypes = torch.float32, torch.float64, torch.complex64, torch.complex128
+    return HAS_TRITON and x.is_cuda and x.dtype in dtypes and x.get_device() == torch.cuda.current_device()
+
+
+def _tiling(T, N, itemsize):
+    """Rows and channels of a tile, and rows of a chunk, for T rows of N channels.
+
+    A tile is 8 KB: 128 rows of 64 bytes, wide enough to read memory at full speed, or more rows of fewer channels. 256
+    programs fill a GPU. Where there are fewer channels than that takes, time is cut into chunks; not for 8 tiles or
+    fewer, which are cheaper to process sequentially than to launch a second kernel.
+    """
+    channels = min(64 // itemsize, 1 << max(0, N - 1).bit_length())
+    rows = 8192 // (channels * itemsize)
+    tiles, programs = math.ceil(T / rows), math.ceil(N / channels)
+    chunks = 1 if tiles <= 8 else 256 // min(256, max(1, programs))
+    return rows, channels, rows * math.ceil(tiles / chunks)
+
+
+def _triton(decay, x, initial, start, reverse):
+    """The kernel over all chunks: decay and x (T, ...), initial (...), start -> states (T, ...).
+
+    The maps of the chunks are a recurrence of their own, C - 1 rows long, which gives the state that enters each chunk.
+    """
+    shape, D = x.shape, math.prod(x.shape[2:])
+
+    def merge(x):  # (T, B, ...) -> (T, B, D); what is broadcast over T or B stays so
+        x = x.expand(*x.shape[:2], *shape[2:]).reshape(*(*x.shape, 1)[:2], D)
+        return x.resolve_conj().resolve_neg()
+
+    decay, x, enter = merge(decay), merge(x).contiguous(), merge(initial[None]).contiguous()
+    T, B, _ = x.shape
+    rows, channels, rows_of_chunk = _tiling(T, B * D, x.element_size())
+    C = math.ceil(T / rows_of_chunk)
+    start_stride = None if start is None else start.reshape((*start.shape, 1)[:2]).expand(T, B).stride()
+
+    def run(C, *tensors):
+        tensors = [y if y is None or not y.is_complex() else torch.view_as_real(y) for y in (decay, x, *tensors)]
+        strides = decay.expand(T, B, D).stride(), start_stride
+        grid = math.ceil(B * D / channels), C
+        _kernel[grid](*tensors, start, *strides, T, B * D, D, rows_of_chunk, reverse, x.is_complex(), rows, channels)
+
+    if C > 1:
+        product, last = x.new_empty(2, C - 1, B, D)
+        run(C - 1, None, last, product)
+        enter = torch.cat((enter, _triton(product, last, enter[0], None, False)))
+    out = torch.empty_like(x)
+    run(C, enter, out, None)
+    return out.view(shape)
