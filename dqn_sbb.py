@@ -1,26 +1,21 @@
-"""Double DQN with a memory, trained on segments of episodes (segment-based batching, SBB).
+"""Double DQN with memory over segment-based batches (SBB).
 
     python dqn_sbb.py --env-id popgym-RepeatPreviousEasy-v0 --memory lru --segment-length 50
 
-This is how recurrent RL is usually trained: episodes are cut into windows of a fixed length, zero-padded and masked.
-Every window starts from the initial state and no gradient crosses its edge. It is here to be compared with tapes of
-whole episodes: `diff dqn_tbb.py dqn_sbb.py` is about batching and about nothing else.
-
-After "Revisiting Recurrent Reinforcement Learning with Memory Monoids" (Morad et al. 2024, arXiv 2402.09900). The
-words: a *row* is one time step. An episode of n transitions is n + 1 rows, the last of which holds the final
-observation and no action; so the next row is always the next state, whether a transition is terminal, truncated or not.
+This is how recurrent RL is usually trained: episodes are cut to segments of a fixed length, zero-padded and masked. The
+memory starts each from its initial state, and gradients end at its edges. `diff dqn_tbb.py dqn_sbb.py` is about this.
+A *row* is one time step; *start* marks an episode's first. An episode of n transitions is n + 1 rows, the last of which
+holds the final observation, so the next row is always the next state: terminal, truncated or neither.
+Source: "Revisiting Recurrent Reinforcement Learning with Memory Monoids" (Morad et al. 2024, arXiv 2402.09900).
 """
 
-import contextlib
 import copy
-import io
-import itertools
 import os
 import random
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -31,10 +26,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
+from gymnasium import spaces
 from torch.utils.tensorboard import SummaryWriter
 
-from monoids import MEMORIES
+from monoids import MEMORIES, make_memory
 
 
 @dataclass
@@ -42,39 +37,43 @@ class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]
     """the name of this experiment"""
     seed: int = 1
-    """seed of the experiment: of the weights, the episodes, the exploration and the batches"""
+    """seed of the experiment"""
     cuda: bool = True
-    """train on the GPU where there is one"""
+    """whether to train on a GPU if there is one"""
     compile: bool = False
-    """compile the network for updates, into CUDA graphs on a GPU; tapes are padded to few lengths"""
-
-    # Algorithm specific arguments
+    """compile the networks for updates, into CUDA graphs on a GPU; batches are padded to multiples of 64 rows"""
+    resume: str = ""
+    """continue the run of this checkpoint in the directory where it lies; its arguments are the defaults"""
+    evaluate: str = ""
+    """evaluate this checkpoint instead of training; its arguments are the defaults"""
+    capture_video: bool = False
+    """with --evaluate: record the first episode to videos/"""
     env_id: str = "popgym-RepeatPreviousEasy-v0"
-    """the id of the environment"""
+    """the id of the environment; my_module:MyEnv-v0 imports my_module first"""
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """arguments of the environment, for example --env-kwargs map_name 8x8 is_slippery False"""
     total_timesteps: int = 40_000
-    """transitions to collect; the last iteration may go over it, since episodes are finished"""
+    """transitions to collect; the last iteration may exceed it, since episodes are finished"""
     learning_rate: float = 5e-4
     """the learning rate of the optimizer"""
     num_envs: int = 8
-    """the number of environments that run in parallel"""
-    num_steps: int = 32
-    """an iteration collects whole episodes until they hold num_steps x num_envs transitions or more"""
+    """the number of parallel environments; in an iteration each plays one episode"""
     max_episode_steps: int = 0
     """truncate episodes after this many steps (and bootstrap there); 0 leaves it to the environment"""
     anneal_lr: bool = True
-    """whether the learning rate goes down to zero over total_timesteps"""
+    """whether to anneal the learning rate linearly to zero"""
     buffer_size: int = 200_000
     """transitions in the buffer, padding included; the oldest segments make room"""
     gamma: float = 0.99
     """the discount factor gamma"""
     tau: float = 0.2
-    """the target network moves this share of the way to the online network at every update"""
+    """the target network update rate, at every update"""
     batch_size: int = 500
     """transitions in a batch, padding included"""
     segment_length: int = 50
     """transitions in a segment: neither memory nor gradient reaches further back"""
     burn_in: int = 0
-    """transitions at a segment's beginning that only warm the state up and carry no loss; segments overlap by them"""
+    """transitions at a segment's beginning that only warm up the state; segments overlap by them"""
     start_e: float = 1.0
     """the starting epsilon for exploration"""
     end_e: float = 0.05
@@ -87,342 +86,161 @@ class Args:
     """transitions to collect per update"""
     max_grad_norm: float = 0.1
     """the maximum norm of the gradient"""
-    memory: Literal[*MEMORIES] = "lru"
-    """what remembers"""
+    memory: tuple[Literal[*MEMORIES], ...] = ("lru",)
+    """the memory model: one name for two layers of it, several for one layer of each, in that order"""
     d_model: int = 128
     """the width of the network"""
     previous_action: bool = True
     """whether the network sees its previous action: in a POMDP the history includes the actions"""
     eval_frequency: int = 10_000
-    """transitions between two evaluations"""
+    """transitions between evaluations; a checkpoint is saved after each"""
     eval_episodes: int = 32
     """greedy episodes in an evaluation"""
-    log_sensitivity: bool = False
-    """with every evaluation, log how far back the Q values look: charts/sensitivity, by age"""
-    save_frequency: int = 0
-    """transitions between two checkpoints, runs/<name>/checkpoint.pt; 0 saves at the end only"""
-    resume: str = ""
-    """continue the run that this checkpoint was saved by, with its arguments"""
-    evaluate: str = ""
-    """train nothing: evaluate this checkpoint"""
-    capture_video: bool = False
-    """with --evaluate: record the first episode to videos/, where the environment renders"""
+
+    def __post_init__(self):
+        for low, high, names in [
+            (0, 2**32 - 1, "seed max_episode_steps"),
+            (1, np.inf, "total_timesteps num_envs buffer_size train_frequency d_model eval_frequency eval_episodes"),
+            (0, 1, "gamma tau start_e end_e exploration_fraction"),
+            (1e-12, np.inf, "learning_rate max_grad_norm"),
+            (1, self.buffer_size, "batch_size"),
+            (1, self.batch_size, "segment_length"),
+            (0, self.segment_length - 1, "burn_in"),
+            (0, self.total_timesteps - 1, "learning_starts"),
+        ]:
+            for name in names.split():
+                if not (low <= (value := getattr(self, name)) <= high and np.isfinite(value)):
+                    raise ValueError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+        if not self.memory or (self.resume and self.evaluate) or (self.capture_video and not self.evaluate):
+            raise ValueError("--memory needs a name; --capture-video goes with --evaluate, --resume without it")
 
 
-def fail(message):
-    """What the user can mend: one line that says how, exit status 2."""
+def fail(message):  # a user error: one line, exit status 2
     print(f"{os.path.basename(__file__)}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def parse_args(default=None):
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            args = tyro.cli(Args, description=__doc__, default=default or Args())
-    except SystemExit as stop:
-        if stop.code:  # tyro draws a box; its first paragraph says what is wrong
-            box = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:-1]]
-            fail(" ".join(itertools.takewhile(lambda line: not line.startswith("──"), box)))
-        raise
-    return args
-
-
-def check(args):
-    positive = ("total_timesteps", "num_envs", "num_steps", "buffer_size", "batch_size", "train_frequency", "d_model")
-    least = dict.fromkeys(("seed", "max_episode_steps", "save_frequency"), 0)
-    least |= dict.fromkeys((*positive, "eval_frequency", "eval_episodes"), 1)
-    for name, value in least.items():
-        if getattr(args, name) < value:
-            fail(f"--{name.replace('_', '-')} must be {value} or more, not {getattr(args, name)}")
-    if args.batch_size > args.buffer_size:
-        fail(f"--batch-size {args.batch_size} is more than the buffer will ever hold, --buffer-size {args.buffer_size}")
-    if args.learning_starts >= args.total_timesteps:
-        fail(f"--learning-starts {args.learning_starts} is after the end, --total-timesteps {args.total_timesteps}")
-    if not 0 <= args.burn_in < args.segment_length <= min(args.batch_size, args.buffer_size):
-        fail("--burn-in must be below --segment-length, which must be at most --batch-size and --buffer-size")
-    if args.capture_video and not args.evaluate:
-        fail("--capture-video records an evaluation: it goes with --evaluate")
-
-
-# what --resume and --evaluate may change; with anything else changed it would be another run
-CHANGEABLE = ["cuda", "total_timesteps", "eval_frequency", "eval_episodes", "save_frequency"]
-CHANGEABLE += ["resume", "evaluate", "capture_video"]
-
-
-def save(path, checkpoint):
-    """Atomically: whatever happens, `path` is a complete checkpoint, this one or the one before."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def load(args):
-    """The checkpoint that --resume or --evaluate names, and its run's arguments with those that may change changed."""
-    path = args.resume or args.evaluate
-    if not os.path.isfile(path):
-        fail(f"there is no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # a stranger's file runs no code
-        script, then = checkpoint["script"], Args(**checkpoint["args"])
-    except Exception:  # there is no end to what a broken file can raise
-        fail(f"{path} is not a complete checkpoint of {os.path.basename(__file__)}")
-    if script != os.path.basename(__file__):
-        fail(f"{path} is a checkpoint of {script}")
-    args = parse_args(default=then)
-    for name, value in vars(then).items():
-        if name not in CHANGEABLE and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} was {value} in the run of {path}, it can't be {getattr(args, name)}")
-    return checkpoint, args
-
-
-def random_states(rng):
-    name, key, *rest = np.random.get_state()
-    numpy = (name, key.tolist(), *rest)
-    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "rng": rng.bit_generator.state}
-
-
-def set_random_states(rng, states):
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    rng.bit_generator.state = states["rng"]
-
-
-def progress(global_step, total_timesteps, seconds, metrics, eval_return):
-    left = int(seconds * max(0, total_timesteps / global_step - 1))
-    evaluated = "" if np.isnan(eval_return) else f"eval {eval_return:.3f}, "
-    return (
-        f"step {global_step:,} of {total_timesteps:,}: return {metrics['charts/episodic_return']:.3f}, {evaluated}"
-        f"{metrics['charts/SPS']:,} steps/s, {left // 60}:{left % 60:02} left"
-    )
-
-
-def report(global_step, eval_return, args, start_time):
-    seconds = time.time() - start_time
-    print(f"final: {global_step=} {eval_return=:.4f} eval_episodes={args.eval_episodes} {seconds=:.1f}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Environments: any flat space becomes columns of numbers, one row a time step
-
-
-def make_env(args, video):
-    kwargs = {"render_mode": "rgb_array"} if video else {}
-    env = gym.make(args.env_id, max_episode_steps=args.max_episode_steps or None, **kwargs)
-    if video:
-        env = gym.wrappers.RecordVideo(env, "videos", name_prefix=args.env_id, episode_trigger=lambda n: n == 0)
-    return env
-
-
 def make_envs(args, num_envs, video=False):
-    """num_envs copies of the environment. Autoreset is disabled: `collect` resets each, with its episode's seed."""
-    makers = [partial(make_env, args, video and number == 0) for number in range(num_envs)]
+    def make_env(index):
+        """Observations become a flat float32 Box, with one-hot categories; actions become Discrete(n)."""
+        render = {"render_mode": "rgb_array"} if video else {}
+        env = gym.make(args.env_id, args.max_episode_steps or None, **render, **args.env_kwargs)
+        if video and index == 0:
+            env = gym.wrappers.RecordVideo(env, "videos", name_prefix=args.env_id, episode_trigger=lambda n: n == 0)
+        space = env.observation_space
+        if "Text" in str(space) or not isinstance(spaces.flatten_space(space), spaces.Box):
+            raise ValueError(f"write a gymnasium.ObservationWrapper that makes a Box of {space}")
+        env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
+        space = env.action_space
+        if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+            raise ValueError(f"DQN takes Discrete or MultiDiscrete actions, not {space}")
+        nvec = np.ravel(space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n)
+        decode = lambda action: np.reshape(np.unravel_index(action, nvec), space.shape) + space.start
+        return gym.wrappers.TransformAction(env, decode, spaces.Discrete(int(nvec.prod())))
+
     try:
-        return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
-    except (gym.error.Error, ImportError, TypeError) as error:
-        fail(f"--env-id {args.env_id}: {error}")
-
-
-def columns(space):
-    """The columns of a space: for each one the number of its categories, or 0 for a real number."""
-    if isinstance(space, Discrete):
-        return [int(space.n)]
-    if isinstance(space, MultiDiscrete):
-        return [int(n) for n in space.nvec.flatten()]
-    if isinstance(space, Box) and len(space.shape) == 1:
-        return [0] * space.shape[0]
-    if isinstance(space, (Tuple, Dict)):
-        return [n for part in (space.values() if isinstance(space, Dict) else space) for n in columns(part)]
-    fail(f"the space {space} is not supported: Discrete, MultiDiscrete, flat Box, and Tuple or Dict of these are")
-
-
-def flatten(space, x):
-    """A batch of elements of `space`, as a vector environment gives it, to columns, (N, k) float32."""
-    if isinstance(space, Tuple):
-        return np.concatenate([flatten(part, x[i]) for i, part in enumerate(space)], axis=1)
-    if isinstance(space, Dict):
-        return np.concatenate([flatten(part, x[key]) for key, part in space.items()], axis=1)
-    return np.asarray(x - getattr(space, "start", 0), dtype=np.float32).reshape(len(x), -1)
-
-
-def unflatten(space, x):
-    """Columns (N, k) back to a batch of actions; what lies outside of a Box is clipped to it."""
-    if isinstance(space, Box):
-        return np.clip(x, space.low, space.high)
-    x = x.astype(np.int64).reshape(len(x), *space.shape)
-    return x + space.start
-
-
-class OneHot(nn.Module):
-    """Columns to features: a category becomes a one-hot vector, a real number stays what it is."""
-
-    def __init__(self, sizes):
-        super().__init__()
-        sizes = torch.tensor(sizes, dtype=torch.long)
-        self.register_buffer("category", sizes > 0)
-        self.register_buffer("offset", torch.cumsum(sizes.clamp(min=1), 0) - sizes.clamp(min=1))
-        self.features = int(sizes.clamp(min=1).sum())
-
-    def forward(self, x):  # (..., k) -> (..., features)
-        index = self.offset + torch.where(self.category, x, 0).long()
-        return x.new_zeros(*x.shape[:-1], self.features).scatter_(-1, index, torch.where(self.category, 1.0, x))
+        makers = [partial(make_env, index) for index in range(num_envs)]
+        return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    except (gym.error.Error, ImportError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        fail(f"--env-id {args.env_id}: {error} (module:{args.env_id} imports the module that registers it)")
 
 
 class Rows(NamedTuple):
-    """Time steps, (T,) or (T, B) of them. The last row of an episode has its final observation, and zeros."""
+    """Time steps, (T,) or (T, B) of them. The last row of an episode holds its final observation, and zeros."""
 
-    obs: torch.Tensor  # (..., columns of the observation)
-    action: torch.Tensor  # (..., columns of the action), taken on obs
-    reward: torch.Tensor  # (...), for action
-    terminated: torch.Tensor  # (...) bool: action ended the episode in a terminal state
+    obs: torch.Tensor  # (..., features) float32
+    action: torch.Tensor  # (...) int64, taken on obs
+    reward: torch.Tensor  # (...) float32, for action
+    terminated: torch.Tensor  # (...) bool: action led to a terminal state
     start: torch.Tensor  # (...) bool: the episode's first row
 
 
-def empty_rows(envs, device, *shape):
-    spaces = envs.single_observation_space, envs.single_action_space
-    obs, action = (torch.zeros(*shape, len(columns(space)), device=device) for space in spaces)
-    terminated, start = torch.zeros(2, *shape, dtype=torch.bool, device=device)
-    return Rows(obs, action, torch.zeros(shape, device=device), terminated, start)
-
-
-@contextlib.contextmanager
-def blame(envs):
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"raised by the environment {envs.envs[0].spec.id}")
-        raise
-
-
-def require_finite(envs, x, playing, step):
-    bad = playing & ~np.isfinite(x).all(1)
-    if bad.any():
-        where = f"at step {step[bad][0]} of an episode"
-        fail(f"{envs.envs[0].spec.id}: an observation or reward is not finite, {where}")
-
-
-NOISE_BLOCK = 128
-
-
 @torch.no_grad()
-def collect(envs, network, act, seed, episode, quota):
-    """Start episodes in parallel until `quota` transitions have been played, finish every one, return them whole.
+def collect(envs, network, act, seed):
+    """Play one whole episode in each environment. Returns a list of Rows of NumPy arrays, n + 1 rows an episode.
 
-    act(network, obs (1, N, k), previous action (1, N, a), start (1, N), state, noise (N, 1 + a)) -> action (N, a),
-    state; noise is uniform on [0, 1). Episodes are numbered from `episode` on; each is reset, and gets its noise, by a
-    generator seeded with (*seed, its number), so what happens in it does not depend on what runs beside it. Returns a
-    list of Rows of NumPy arrays, in that order.
+    act(network, obs (1, N, features), previous action (1, N), start (1, N), state) -> action (N,), state.
+    What an environment plays while it waits for the longest episode is dropped. Autoreset mode NEXT_STEP: the row after
+    an episode's last transition holds its final observation and reward 0.
     """
-    N, k = envs.num_envs, len(columns(envs.single_action_space))
-    state, device = network.memory.initial_state(N), next(network.parameters()).device
-    playing, done = np.zeros(N, dtype=bool), np.ones(N, dtype=bool)
-    number, first, generators = np.zeros(N, dtype=int), np.zeros(N, dtype=int), [None] * N
-    action = np.zeros((N, k), dtype=np.float32)
-    noise = np.zeros((N, NOISE_BLOCK, 1 + k), dtype=np.float32)
-    steps, spans, played = [], [], 0
+    rng, N, device = np.random.default_rng(seed), envs.num_envs, next(network.parameters()).device
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):  # an environment may use any of them
+        set_seed(int(rng.integers(2**32)))
+    obs, _ = envs.reset(seed=rng.integers(2**31, size=N).tolist())
+    action, reward = np.zeros(envs.action_space.shape, envs.action_space.dtype), np.zeros(N, dtype=np.float32)
+    state, start = network.memory.initial_state(N), np.ones(N, dtype=bool)
+    steps, length, done = [], np.zeros(N, dtype=int), np.zeros(N, dtype=bool)
     while True:
-        start = done
-        if done.any():
-            playing[done] = played < quota
-            if not playing.any():
-                break
-            seeds = [None] * N
-            for i in np.flatnonzero(done & playing):
-                number[i], first[i], generators[i] = episode, len(steps), np.random.default_rng((*seed, episode))
-                seeds[i] = int(generators[i].integers(2**31))
-                episode += 1
-            # one that has nothing more to play is reset as well, only because the others can't step without it
-            with blame(envs):
-                obs, _ = envs.reset(seed=seeds, options={"reset_mask": done})
-            obs = flatten(envs.single_observation_space, obs)
-            require_finite(envs, obs, playing, len(steps) - first)
-        age = len(steps) - first
-        for i in np.flatnonzero(playing & (age % NOISE_BLOCK == 0)):
-            noise[i] = generators[i].random(noise.shape[1:], dtype=np.float32)
+        if not (np.isfinite(obs).all() and np.isfinite(reward).all()):
+            fail(f"{envs.envs[0].spec.id}: an observation or reward is not finite; checkpoints are unchanged")
+        if done.all():
+            break
+        if len(steps) == 10_000 and not done.any():
+            print("no episode has ended after 10,000 steps: --max-episode-steps truncates them", flush=True)
         inputs = (torch.as_tensor(x, device=device)[None] for x in (obs, action, start))
-        now = torch.as_tensor(noise[np.arange(N), age % NOISE_BLOCK], device=device)
-        action, state = act(network, *inputs, state, now)
+        action, state = act(network, *inputs, state)
         action = action.cpu().numpy()
-        with blame(envs):
-            next_obs, reward, terminated, truncated, _ = envs.step(unflatten(envs.single_action_space, action))
-        next_obs = flatten(envs.single_observation_space, next_obs)
-        require_finite(envs, np.column_stack((next_obs, reward)), playing, age + 1)
-        done = terminated | truncated
-        steps.append((obs, action, reward.astype(np.float32), terminated, start, next_obs))
-        played += playing.sum()
-        spans += [(number[i], i, first[i], len(steps)) for i in np.flatnonzero(done & playing)]
-        obs = next_obs
-    *rows, next_obs = (np.stack(x) for x in zip(*steps))  # (steps, N, ...) each
-    episodes = []
-    for _, i, a, b in sorted(spans):
-        last = Rows(next_obs[b - 1, i], 0, 0, False, False)
-        episodes.append(Rows(*(np.concatenate((x[a:b, i], np.full_like(x[:1, i], y))) for x, y in zip(rows, last))))
-    return episodes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The agent
+        action[done] = 0
+        next_obs, reward, terminated, truncated, _ = envs.step(action)
+        reward = reward.astype(np.float32)
+        steps.append((obs, action, reward, terminated, start))
+        obs, start = next_obs, np.zeros(N, dtype=bool)
+        length += ~done
+        done |= terminated | truncated
+    steps.append((obs, *map(np.zeros_like, steps[-1][1:])))
+    rows = Rows(*map(np.stack, zip(*steps)))  # (longest + 1, N, ...)
+    return [Rows(*(x[: n + 1, i].copy() for x in rows)) for i, n in enumerate(length)]
 
 
 class QNetwork(nn.Module):
     def __init__(self, envs, args):
         super().__init__()
-        nvec = torch.tensor(columns(envs.single_action_space))
-        self.register_buffer("nvec", nvec)
-        self.register_buffer("stride", torch.cumprod(nvec, 0) // nvec)  # MultiDiscrete actions are numbered through
-        self.num_actions = int(nvec.prod())
-        self.encode_obs = OneHot(columns(envs.single_observation_space))
-        self.encode_action = OneHot(nvec.tolist()) if args.previous_action else None
-        features = self.encode_obs.features + (self.encode_action.features if args.previous_action else 0)
-        d = args.d_model
+        d, self.num_actions, self.previous_action = args.d_model, int(envs.single_action_space.n), args.previous_action
+        features = envs.single_observation_space.shape[0] + self.num_actions * self.previous_action
         self.encoder = nn.Sequential(nn.Linear(features, d), nn.GELU(), nn.Linear(d, d))
-        self.memory = MEMORIES[args.memory](d)
+        self.memory = make_memory(args.memory, d)
         self.head = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 1 + self.num_actions))
-        # an agent that believes nothing yet learns from rewards, not from the noise that it would bootstrap from
+        # Q starts near 0, so early targets are rewards, not initialisation noise
         nn.init.orthogonal_(self.head[-1].weight, 0.01)
         nn.init.zeros_(self.head[-1].bias)
 
     def forward(self, obs, previous_action, start, state):
-        x = self.encode_obs(obs)  # (T, B, features)
-        if self.encode_action is not None:
-            x = torch.cat((x, self.encode_action(previous_action) * ~start[..., None]), -1)
-        x, state = self.memory(self.encoder(x), state, start)  # (T, B, d_model)
+        if self.previous_action:
+            previous = F.one_hot(previous_action, self.num_actions) * ~start[..., None]
+            obs = torch.cat((obs, previous), -1)  # (T, B, features)
+        x, state = self.memory(self.encoder(obs), state, start)  # (T, B, d_model)
         value, advantage = self.head(x).split((1, self.num_actions), -1)
         return value + advantage - advantage.mean(-1, keepdim=True), state  # (T, B, num_actions)
 
 
-def policy(q_network, obs, previous_action, start, state, noise, epsilon):
+def policy(q_network, obs, previous_action, start, state, epsilon):
     q, state = q_network(obs, previous_action, start, state)  # (1, N, num_actions)
-    explore = (noise[:, 1] * q_network.num_actions).long()
-    action = torch.where(noise[:, 0] < epsilon, explore, q[0].argmax(-1))
-    return (action[:, None] // q_network.stride % q_network.nvec).float(), state  # (N, a)
+    explore = torch.rand(q.shape[1], device=q.device) < epsilon
+    random_action = torch.randint(q.shape[2], (q.shape[1],), device=q.device)
+    return torch.where(explore, random_action, q[0].argmax(-1)), state  # (N,)
 
 
 class Segments:
-    """A ring of segments, side by side, zero-padded to L transitions. The oldest ones make room."""
+    """A ring buffer of segments, side by side, zero-padded to L transitions; the oldest make room."""
 
     def __init__(self, args, envs, device):
-        self.length, self.burn_in = args.segment_length, args.burn_in
-        self.capacity = args.buffer_size // self.length
-        # a row more than transitions: the last one still sees its next state
-        self.rows = empty_rows(envs, device, self.length + 1, self.capacity)
-        self.played, self.mask = torch.zeros(2, self.length, self.capacity, dtype=torch.bool, device=device)
+        features = envs.single_observation_space.shape
+        shapes = (features, torch.float), ((), torch.long), ((), torch.float), ((), torch.bool), ((), torch.bool)
+        N, L = args.buffer_size // args.segment_length, args.segment_length  # and a row more for the last next state
+        self.rows = Rows(*(torch.zeros(N, L + 1, *x, dtype=dtype, device=device) for x, dtype in shapes))
+        self.index = []  # (burn-in, number of transitions) of each segment
+        self.length, self.burn_in = L, args.burn_in
         self.end = 0
 
     def add(self, episode):
         L, n = self.length, len(episode.start) - 1
         for first in range(0, max(1, n - self.burn_in), L - self.burn_in):
-            at, transitions = self.end % self.capacity, min(L, n - first)
+            at, transitions = self.end % len(self.rows.start), min(L, n - first)
             for ring, x in zip(self.rows, episode):
-                ring[:, at] = 0
-                ring[: transitions + 1, at] = torch.as_tensor(x[first : first + transitions + 1], device=ring.device)
-            self.rows.start[0, at] = True  # wherever the episode was cut
-            self.played[:, at] = torch.arange(L, device=self.mask.device) < transitions
-            self.mask[:, at] = self.played[:, at]
-            self.mask[: self.burn_in if first else 0, at] = False  # an episode's own beginning needs no warming up
+                ring[at] = 0
+                ring[at, : transitions + 1] = torch.as_tensor(x[first : first + transitions + 1], device=ring.device)
+            self.rows.start[at, 0] = True  # wherever the episode was cut
+            self.index[at : at + 1] = [(self.burn_in if first else 0, transitions)]  # an episode's start needs none
             self.end += 1
 
     def sample(self, batch_size, rng):
@@ -430,210 +248,153 @@ class Segments:
 
         Returns rows (L + 1, B), played (L, B), False on padding, and mask (L, B), False on padding and on the burn-in.
         """
-        drawn = rng.integers(min(self.end, self.capacity), size=batch_size // self.length)
-        drawn = torch.as_tensor(drawn, device=self.mask.device)
-        return Rows(*(ring[:, drawn] for ring in self.rows)), self.played[:, drawn], self.mask[:, drawn]
+        drawn = rng.integers(len(self.index), size=batch_size // self.length)
+        rows = Rows(*(ring[drawn].transpose(0, 1) for ring in self.rows))
+        burn_in, transitions = torch.tensor([self.index[i] for i in drawn], device=rows.start.device).T
+        t = torch.arange(self.length, device=rows.start.device)[:, None]
+        return rows, t < transitions, (burn_in <= t) & (t < transitions)
 
     def state_dict(self):
-        return vars(self) | {"rows": [*self.rows]}
+        return {"rows": [x[: self.end].clone() for x in self.rows], "index": self.index, "end": self.end}
 
     def load_state_dict(self, state):
-        device = self.rows.start.device
-        vars(self).update({name: x.to(device) if torch.is_tensor(x) else x for name, x in state.items()})
-        self.rows = Rows(*(x.to(device) for x in self.rows))
+        for ring, x in zip(self.rows, state["rows"], strict=True):
+            ring[: state["end"]] = x
+        self.index, self.end = state["index"], state["end"]
 
 
 def update(q_network, target_network, optimizer, batch, args):
     rows, played, mask = batch
     # CRUCIAL: the next state is the next row, but its value is only that of the segment up to it, and so is the target
-    now, after = slice(0, -1), slice(1, None)
+    t, t_next = slice(0, -1), slice(1, None)
     inputs = (rows.obs, rows.action.roll(1, 0), rows.start, q_network.memory.initial_state(rows.start.shape[1]))
     q, _ = q_network(*inputs)  # (L + 1, B, num_actions)
     with torch.no_grad():
         q_target, _ = target_network(*inputs)
-        best = q[after].argmax(-1, keepdim=True)
-        next_value = q_target[after].gather(-1, best).squeeze(-1)
-        td_target = rows.reward[now] + args.gamma * ~rows.terminated[now] * next_value
-    action = (rows.action[now] * q_network.stride).sum(-1, keepdim=True).long()
-    old_val = q[now].gather(-1, action).squeeze(-1)
-    # CRUCIAL: the mean of the losses of the transitions that were played; not the loss of a mean, not over padding
+        best = q[t_next].argmax(-1, keepdim=True)
+        next_value = q_target[t_next].gather(-1, best).squeeze(-1)
+        td_target = rows.reward[t] + args.gamma * ~rows.terminated[t] * next_value
+    old_val = q[t].gather(-1, rows.action[t][..., None]).squeeze(-1)
+    # CRUCIAL: the mean over the transitions that were played, not over the padding
     loss = (F.smooth_l1_loss(old_val, td_target, reduction="none") * mask).sum() / mask.sum()
 
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
-    if not np.isfinite((loss + norm).item()):
-        raise FloatingPointError(f"the loss is {loss.item()}, the norm of its gradient {norm.item()}")
+    if not torch.isfinite(loss + norm):
+        fail(f"the loss is {loss}, the norm of its gradient {norm}: stopped before the step; checkpoints are unchanged")
     optimizer.step()
     with torch.no_grad():
         torch._foreach_lerp_(list(target_network.parameters()), list(q_network.parameters()), args.tau)
-    return {
-        "losses/td_loss": loss.detach(),
-        "losses/q_values": old_val.detach()[mask].mean(),
-        "losses/padding": 1 - played.float().mean(),
-    }
-
-
-def greedy_episodes(envs, q_network, args):
-    """One in each of the environments, always the same ones."""
-    return collect(envs, q_network, partial(policy, epsilon=0.0), (args.seed, 1), episode=0, quota=1)
+    metrics = {"losses/td_loss": loss.detach(), "losses/q_values": old_val.detach()[mask].mean()}
+    return metrics | {"losses/padding": 1 - played.float().mean()}
 
 
 def evaluate(envs, q_network, args):
-    """The mean undiscounted return of greedy_episodes."""
-    return float(np.mean([episode.reward.sum() for episode in greedy_episodes(envs, q_network, args)]))
-
-
-def sensitivity(envs, q_network, args):
-    """How much a decision depends on what was seen long before: |d Q(s_n, a_n) / d o_i| by age n - i.
-
-    n is the last transition of an episode that `evaluate` plays, o_i the features of an observation, and Q that of the
-    whole history. Episodes are laid end to end: nothing passes between them, so one backward pass serves all. Returns
-    (ages,), from age 0 to that of the longest episode's first row; the mean over the episodes that are old enough.
-    """
-    episodes = greedy_episodes(envs, q_network, args)
-    device = q_network.nvec.device
-    rows = Rows(*(torch.as_tensor(np.concatenate(x), device=device)[:, None] for x in zip(*episodes)))
-    age = torch.cat([torch.arange(len(e.start) - 2, -2, -1, device=device) for e in episodes])  # -1: final observation
-    features = []
-    hook = q_network.encode_obs.register_forward_hook(lambda *call: features.append(call[-1].requires_grad_()))
-    q, _ = q_network(rows.obs, rows.action.roll(1, 0), rows.start, q_network.memory.initial_state(1))
-    hook.remove()
-    last = age == 0
-    action = (rows.action[last] * q_network.stride).sum(-1, keepdim=True).long()
-    (gradient,) = torch.autograd.grad(q[last].gather(-1, action).sum(), features)  # (R, 1, features)
-    norm = gradient[age >= 0, 0].norm(dim=-1)
-    age = age[age >= 0]
-    return torch.bincount(age, norm) / torch.bincount(age)
-
-
-def linear_schedule(start_e, end_e, duration, t):
-    slope = (end_e - start_e) / duration
-    return max(slope * t + start_e, end_e)
+    """Undiscounted returns of greedy episodes, one in each environment; the seed alone determines them."""
+    episodes = collect(envs, q_network, partial(policy, epsilon=0.0), (args.seed, 1))
+    return np.array([episode.reward.sum() for episode in episodes])
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    saved = None
-    if args.resume or args.evaluate:
-        saved, args = load(args)
-    check(args)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # tensors this small gain little from more, and lose much where cores are shared
-    # glibc goes by the largest block it has seen freed: it then keeps memory between updates instead of giving it back
-    # to the kernel, page by page, and fetching it again, which takes a tenth of the time (mallopt(3), M_MMAP_THRESHOLD)
+    args, saved = tyro.cli(Args, description=__doc__), None
+    script, path = os.path.basename(__file__), args.resume or args.evaluate
+    if path:
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)  # safe to load untrusted files
+            if saved["script"] != script:
+                fail(f"{path} is a checkpoint of {saved['script']}")
+            defaults = Args(**saved["args"])
+        except Exception as error:  # a damaged file can raise anything
+            fail(f"{path} is not a complete checkpoint of {script} ({type(error).__name__})")
+        if ":" in defaults.env_id and args.env_id != defaults.env_id:
+            fail(f"{path} imports a module: add --env-id {defaults.env_id} if you trust it")
+        args = tyro.cli(Args, description=__doc__, default=defaults)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tensors this small gain little from more
+    # glibc then keeps the memory of an update for the next one: a tenth of the time (mallopt(3), M_MMAP_THRESHOLD)
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
-    envs = make_envs(args, args.num_envs)
-    if args.capture_video and "rgb_array" not in envs.metadata["render_modes"]:
-        fail(f"--capture-video: {args.env_id} does not render")
-    eval_envs = make_envs(args, args.eval_episodes, video=args.capture_video)
-    if not isinstance(envs.single_action_space, (Discrete, MultiDiscrete)):
-        fail(f"{args.env_id} has the actions {envs.single_action_space}: DQN needs discrete ones, try ppo_tbb.py")
+    torch.manual_seed(args.seed)
+    envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes, args.capture_video)
     q_network = QNetwork(envs, args).to(device)
     target_network = copy.deepcopy(q_network)
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
-    buffer = Segments(args, envs, device)
-    learners = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
-
+    run_name = f"{args.env_id}__{args.exp_name}__{'_'.join(args.memory)}__{args.seed}__{int(time.time())}_{os.getpid()}"
+    path = path or f"runs/{run_name.replace('/', '_')}/checkpoint.pt"
+    try:
+        buffer = Segments(args, envs, device)
+        learners = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
+        for name, learner in learners.items() if saved else ():
+            learner.load_state_dict(saved["learners"][name])
+        counters = saved["counters"] if saved else (0, 0, 0, np.nan, 0.0)
+        iteration, global_step, num_updates, eval_return, seconds = counters
+        if not args.evaluate:  # purge_step: what was logged after the checkpoint does not count twice
+            writer = SummaryWriter(os.path.dirname(path) or ".", purge_step=global_step + 1 if saved else None)
+    except (KeyError, OSError, RuntimeError, ValueError) as error:  # another shape, a full memory, a read-only folder
+        fail(f"{path}: {str(error).splitlines()[0]}")
     networks = [q_network, target_network]
     if args.compile:
-        mode = "reduce-overhead" if device.type == "cuda" else "default"
-        networks = [torch.compile(network, mode=mode, dynamic=False) for network in networks]
-
-    start_time = shown = time.time()
-    global_step, num_episodes, num_updates, eval_return = 0, 0, 0, float("nan")
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(start_time)}"
-    if saved:
-        try:
-            for name, part in learners.items():
-                part.load_state_dict(saved["learners"][name])
-        except (KeyError, RuntimeError, ValueError):
-            fail(f"{args.resume or args.evaluate} is of another shape: has {args.env_id} or the code changed since?")
-        global_step, num_episodes, num_updates, eval_return = saved["counters"]
-        start_time -= saved["seconds"]
-        run_name = saved["run_name"]
-        set_random_states(rng, saved["random_states"])
+        networks = [torch.compile(network, mode="reduce-overhead", dynamic=False) for network in networks]
     if args.evaluate:
-        report(global_step, evaluate(eval_envs, q_network, args), args, start_time)
-        sys.exit()
-    # what was logged after the checkpoint is purged, so that no step counts twice
-    writer = SummaryWriter(f"runs/{run_name}", purge_step=global_step + 1 if saved else None)
-    table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", global_step)
-
-    def save_checkpoint():
-        checkpoint = {
-            "script": os.path.basename(__file__),
-            "args": vars(args),
-            "run_name": run_name,
-            "seconds": time.time() - start_time,
-            "counters": (global_step, num_episodes, num_updates, eval_return),
-            "learners": {name: part.state_dict() for name, part in learners.items()},
-            "random_states": random_states(rng),
-        }
-        save(f"runs/{run_name}/checkpoint.pt", checkpoint)
-
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
-
-    while global_step < args.total_timesteps and not signals:
-        before, metrics = global_step, {}
+        returns = evaluate(eval_envs, q_network, args)
+        eval_envs.close()  # writes the video
+        eval_return = returns.mean().item()
+        print(f"return: mean {eval_return:.4f}, standard deviation {returns.std():.4f}")
+    else:
+        writer.add_text("hyperparameters", "  \n".join(f"{key}: {value}" for key, value in vars(args).items()))
+        print(f"step {global_step:,} of {args.total_timesteps:,}; tensorboard --logdir {writer.log_dir}", flush=True)
+    start_time, shown, signals = time.time() - seconds, time.time(), []
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the iteration, a second one stops at once
+        signal.signal(number, lambda *call: signal.default_int_handler(*call) if signals else signals.append(call[0]))
+    finished = bool(args.evaluate) or global_step >= args.total_timesteps
+    while not finished:
         # ALGO LOGIC: play whole episodes with the current weights
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = (1 - global_step / args.total_timesteps) * args.learning_rate
-        duration = args.exploration_fraction * args.total_timesteps
-        epsilon = linear_schedule(args.start_e, args.end_e, duration, global_step)
-        act = partial(policy, epsilon=epsilon)
-        episodes = collect(envs, q_network, act, (args.seed, 0), num_episodes, args.num_steps * args.num_envs)
-        num_episodes += len(episodes)
-        lengths = [len(episode.reward) - 1 for episode in episodes]
-        global_step += sum(lengths)
+        progress, evaluations = global_step / args.total_timesteps, global_step // args.eval_frequency
+        optimizer.param_groups[0]["lr"] = lr = args.learning_rate * (1 - progress if args.anneal_lr else 1)
+        epsilon = np.interp(progress, (0, args.exploration_fraction), (args.start_e, args.end_e))
+        episodes = collect(envs, q_network, partial(policy, epsilon=epsilon), (args.seed, 0, iteration))
         for episode in episodes:
             buffer.add(episode)
-        metrics["charts/epsilon"] = epsilon
-        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        metrics["charts/episodic_return"] = np.mean([episode.reward.sum() for episode in episodes])
-        metrics["charts/episodic_length"] = np.mean(lengths)
+        lengths = [len(episode.reward) - 1 for episode in episodes]
+        iteration, global_step = iteration + 1, global_step + sum(lengths)
+        metrics = {"charts/learning_rate": lr, "charts/epsilon": epsilon, "charts/episodic_length": np.mean(lengths)}
+        metrics["charts/episodic_return"] = episodic_return = np.mean([episode.reward.sum() for episode in episodes])
 
         # ALGO LOGIC: training
-        try:
-            while num_updates * args.train_frequency < global_step - args.learning_starts:
-                batch = buffer.sample(args.batch_size, rng)
-                metrics |= update(*networks, optimizer, batch, args)
-                num_updates += 1
-        except FloatingPointError as error:
-            save_checkpoint()
-            sys.exit(f"update {num_updates + 1}: {error}; the weights before it are in runs/{run_name}/checkpoint.pt")
+        while num_updates * args.train_frequency < global_step - args.learning_starts:
+            batch = buffer.sample(args.batch_size, np.random.default_rng((args.seed, 2, num_updates)))
+            metrics |= update(*networks, optimizer, batch, args)
+            num_updates += 1
 
-        # what it came to, so far
-        over = global_step >= args.total_timesteps
-        if over or before // args.eval_frequency < global_step // args.eval_frequency:
-            metrics["charts/eval_return"] = eval_return = evaluate(eval_envs, q_network, args)
-            if args.log_sensitivity:
-                writer.add_tensor("charts/sensitivity", sensitivity(eval_envs, q_network, args), global_step)
-        metrics["charts/SPS"] = int(global_step / (time.time() - start_time))
+        finished = global_step >= args.total_timesteps
+        evaluated = finished or evaluations < global_step // args.eval_frequency
+        if evaluated:
+            metrics["charts/eval_return"] = eval_return = evaluate(eval_envs, q_network, args).mean().item()
+        seconds = time.time() - start_time
+        metrics["charts/SPS"] = sps = int(global_step / seconds)
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, global_step)
-        due = args.save_frequency and before // args.save_frequency < global_step // args.save_frequency
-        if due or over:
+        if time.time() > shown + 1:
+            shown, left = time.time(), max(0, args.total_timesteps - global_step) // max(1, sps)
+            line = f"step {global_step:,} of {args.total_timesteps:,}, return {episodic_return:.3f}, {sps:,} steps/s"
+            print(f"{line}, {left // 60}:{left % 60:02} left", flush=True)
+        finished |= bool(signals)
+        if finished or evaluated:
             writer.flush()
-            save_checkpoint()
-        if time.time() - shown > 1:
-            shown = time.time()
-            print(progress(global_step, args.total_timesteps, shown - start_time, metrics, eval_return), flush=True)
+            counters = (iteration, global_step, num_updates, eval_return, seconds)
+            checkpoint = {"script": script, "args": vars(args) | {"resume": ""}, "counters": counters}
+            checkpoint["learners"] = {name: learner.state_dict() for name, learner in learners.items()}
+            try:  # atomic: whatever happens, there is a complete checkpoint, this one or the one before
+                with open(f"{path}.tmp", "wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(f"{path}.tmp", path)
+            except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
+                fail(f"{path}: {str(error).splitlines()[0]}; the checkpoint before it is unchanged")
 
-    envs.close()
-    eval_envs.close()
-    writer.close()
+    print(f"checkpoint of step {global_step:,}: {path} (--resume continues from it)")
     if signals:
-        save_checkpoint()
-        print(f"stopped at step {global_step:,}; go on with --resume runs/{run_name}/checkpoint.pt")
         sys.exit(128 + signals[0])
-    report(global_step, eval_return, args, start_time)
+    print(f"final: {global_step=} {eval_return=:.4f} eval_episodes={args.eval_episodes} {seconds=:.1f}")
