@@ -9,11 +9,12 @@ again, a sweep skips what is there and redoes what was killed. Seconds are hones
 cores.
 
     run               script, task and all else that tells a run from others
-    script, env_id, memory, segment_length (empty: TBB), seed, variant, total_timesteps     the same, one by one
+    script, env_id, memory, segment_length (empty: TBB), seed, variant, total_timesteps     the same, one by one;
+                      a memory of several names is a stack of layers
     step, seconds     of the evaluation, since the start
     eval_return       mean undiscounted return of greedy episodes
     episodic_return, td_loss, padding, q_values     means of what was logged since the evaluation before
-    sensitivity       |d Q(s_n, a_n) / d o_i| by age n - i = 0, 1, 2, ..., separated by spaces (see dqn_tbb.sensitivity)
+    sensitivity       |d Q(s_n, a_n) / d o_i| by age n - i = 0, 1, 2, ..., separated by spaces (variant sensitivity)
 """
 
 import argparse
@@ -22,6 +23,7 @@ import csv
 import io
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,15 +54,11 @@ TASKS = {
     "PositionOnlyCartPoleEasy": 20_000,
     "AutoencodeEasy": 10_000,
 }
+MORE_TASKS = TASKS | {"HigherLowerEasy": 10_000, "NoisyPositionOnlyCartPoleEasy": 20_000}
+FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer is an observation of long ago
 SMALL = ["--d-model", "64", "--learning-rate", "1e-3"]  # hundreds of runs: half the width, a third of the time
-LONG = [
-    *SMALL,
-    "--batch-size",
-    "1000",
-    "--train-frequency",
-    "50",
-]  # episodes of 104 and 156 steps: more of them a batch
-FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # what is asked for lies far back
+LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
+LRU = dict(script=[TBB], task=TASKS, memory=["lru"], flags=SMALL)
 
 EXPERIMENTS = {
     "sample_efficiency": [
@@ -68,106 +66,33 @@ EXPERIMENTS = {
         dict(script=[SBB], task=TASKS, memory=MONOIDS, segment_length=LENGTHS, flags=SMALL),
     ],
     "sensitivity": [
-        dict(script=[TBB], task=FAR, memory=MONOIDS, flags=[*SMALL, "--log-sensitivity"]),
-        dict(script=[SBB], task=FAR, memory=MONOIDS, segment_length=[10], flags=[*SMALL, "--log-sensitivity"]),
+        dict(script=[TBB], task=FAR, memory=MONOIDS, variant=["sensitivity"], flags=SMALL),
+        dict(script=[SBB], task=FAR, memory=MONOIDS, segment_length=[10], variant=["sensitivity"], flags=SMALL),
     ],
     "wall_clock": [
         dict(script=[TBB], task=FAR, memory=["lru", "gru"], flags=SMALL),
         dict(script=[SBB], task=FAR, memory=["lru"], segment_length=LENGTHS, flags=SMALL),
     ],
     "recall": [
-        dict(
-            script=[TBB],
-            task={"RepeatPreviousMedium": 50_000, "RepeatPreviousHard": 200_000},
-            memory=["lru"],
-            flags=LONG,
-        ),
+        LRU | dict(task={"RepeatPreviousMedium": 50_000, "RepeatPreviousHard": 200_000}, flags=LONG),
         dict(script=[PPO], task={"RepeatPreviousMedium": 200_000, "RepeatPreviousHard": 200_000}),
     ],
     "ablations": [
-        dict(script=[TBB], task=TASKS, memory=["lru"], flags=SMALL),
-        dict(script=[TBB], task=TASKS, memory=["lru"], variant=["authors_next_value", "cut_last_episode"], flags=SMALL),
-        dict(script=[TBB], task=TASKS, memory=["lru"], variant=["prioritised", "no_previous_action"], flags=SMALL),
+        LRU | dict(variant=["", "authors_next_value", "cut_last_episode", "prioritised", "no_previous_action"]),
         dict(script=[SBB], task=TASKS, memory=["lru"], segment_length=[20], variant=["", "burn_in"], flags=SMALL),
+    ],
+    "memories": [
+        LRU | dict(task=MORE_TASKS, memory=[*MONOIDS, "mingru", "gru", "none"]),
+        LRU | dict(task=MORE_TASKS, memory=["lru mingru"]),
     ],
 }
 EVALUATIONS = 10  # in a run
 SMOKE_TIMESTEPS = 400
-SMOKE = "--num-envs 2 --num-steps 16 --eval-episodes 4"
-SMOKE_DQN = "--d-model 16 --learning-starts 100"
+SMOKE = ["--num-envs", "2", "--eval-episodes", "4"]
+SMOKE_DQN, SMOKE_PPO = ["--d-model", "16", "--learning-starts", "100"], ["--num-steps", "16"]
 
-# A variant of a script is more flags, or the script with some of its text replaced
+# A variant of a script is more flags, or the patch experiments/variants/NAME.patch
 FLAGS = {"no_previous_action": ["--no-previous-action"], "burn_in": ["--burn-in", "10"]}
-EDITS = {
-    # the target and the online network run over a tape of next observations, with the start flags of the transitions:
-    # what they remember begins with o_1 (losses.py: tape_ddqn_loss in github.com/proroklab/memory-monoids). There the
-    # previous action is part of the observation, so o_1 still brings a_0; here it is lost with the start flag
-    "authors_next_value": [
-        (
-            "        q_target, _ = target_network(*inputs)\n        best = q[after]",
-            "        inputs = (rows.obs[after], rows.action[now], rows.start[now], q_network.memory.initial_state(1))\n"
-            "        q_target, _ = target_network(*inputs)\n        best = q_network(*inputs)[0]",
-        ),
-        ("q_target[after]", "q_target"),
-    ],
-    # every batch has exactly batch_size transitions (buffer.py: TapeBuffer.sample, there)
-    "cut_last_episode": [
-        (
-            "return rows, (~rows.start[1:, 0]).nonzero().squeeze(1)\n",
-            "return rows, (~rows.start[1:, 0]).nonzero().squeeze(1)[:batch_size]\n",
-        )
-    ],
-    # episodes are drawn with probability ~ priority^0.6, the priority being the mean |TD error| when it was last drawn
-    # and that of a new one the largest; importance weights (N p)^-beta over their maximum, beta from 0.4 to 1
-    "prioritised": [
-        ("        self.end = 0\n", "        self.end, self.priority = 0, []\n"),
-        ("            self.episodes.pop(0)\n", "            self.episodes.pop(0), self.priority.pop(0)\n"),
-        (
-            "        self.episodes.append((self.end, rows))\n",
-            "        self.episodes.append((self.end, rows))\n"
-            "        self.priority.append(max(self.priority, default=1.0))\n",
-        ),
-        ("def sample(self, batch_size, rng):", "def sample(self, batch_size, rng, beta):"),
-        (
-            "        at, transitions = [], 0\n",
-            "        at, transitions, self.drawn, self.lengths = [], 0, [], []\n"
-            "        p = np.array(self.priority) ** 0.6\n"
-            "        p /= p.sum()\n",
-        ),
-        (
-            "            first, rows = self.episodes[rng.integers(len(self.episodes))]\n",
-            "            self.drawn.append(int(rng.choice(len(p), p=p)))\n"
-            "            first, rows = self.episodes[self.drawn[-1]]\n"
-            "            self.lengths.append(rows - 1)\n",
-        ),
-        (
-            "        return rows, (~rows.start[1:, 0]).nonzero().squeeze(1)\n",
-            "        weight = np.repeat((len(p) * p[self.drawn]) ** -beta, self.lengths)\n"
-            "        weight = torch.as_tensor(weight / weight.max(), dtype=torch.float32, device=rows.reward.device)\n"
-            "        return rows, (~rows.start[1:, 0]).nonzero().squeeze(1), weight[:, None]\n\n"
-            "    def prioritise(self, error):\n"
-            "        for i, e in zip(self.drawn, error.split(self.lengths)):\n"
-            "            self.priority[i] = e.mean().item()\n",
-        ),
-        ("    rows, t = batch\n", "    rows, t, weight = batch\n"),
-        (
-            "    loss = F.smooth_l1_loss(old_val, td_target)\n",
-            '    loss = (F.smooth_l1_loss(old_val, td_target, reduction="none") * weight).mean()\n',
-        ),
-        (
-            '        "losses/td_loss": loss.detach(),\n',
-            '        "losses/td_loss": loss.detach(),\n        "error": (old_val - td_target).detach().abs(),\n',
-        ),
-        (
-            "buffer.sample(args.batch_size, rng)",
-            "buffer.sample(args.batch_size, rng, min(1, 0.4 + 0.6 * global_step / args.total_timesteps))",
-        ),
-        (
-            "                num_updates += 1\n",
-            '                buffer.prioritise(metrics.pop("error"))\n                num_updates += 1\n',
-        ),
-    ],
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,18 +130,25 @@ def command(run):
     """The script's arguments, itself excluded."""
     flags = ["--env-id", f"popgym-{run.task}-v0", "--seed", run.seed, "--total-timesteps", run.total_timesteps]
     flags += ["--eval-frequency", max(1, run.total_timesteps // EVALUATIONS)]
-    flags += ["--memory", run.memory] if run.memory else []
+    flags += ["--memory", *run.memory.split()] if run.memory else []
     flags += ["--segment-length", run.segment_length] if run.segment_length else []
     return [*map(str, flags), *FLAGS.get(run.variant, []), *run.flags]
 
 
-def edited(text, variant):
-    """The text of a script with a variant's edits made. ValueError: one doesn't fit, so the script has changed."""
-    for old, new in EDITS.get(variant, []):
-        if text.count(old) != 1:
-            raise ValueError(f"{variant}: found {text.count(old)} times, not once: {old!r}")
-        text = text.replace(old, new)
-    return text
+def place(run, root, folder):
+    """Copies the run's script into a folder and applies its variant's patch to the copy. Returns the copy's path.
+
+    Raises RuntimeError where the patch doesn't fit: the script has changed.
+    """
+    script = Path(shutil.copy(Path(root, run.script), folder))
+    if run.variant and run.variant not in FLAGS:
+        patch = Path(root, "experiments", "variants", f"{run.variant}.patch").read_text()
+        patch = patch.replace(Path(TBB).name, script.name)  # `sensitivity` fits both DQN scripts
+        env = os.environ | {"GIT_CEILING_DIRECTORIES": str(script.parent.parent)}  # else git may skip the file
+        git = subprocess.run(["git", "apply"], input=patch, cwd=folder, env=env, capture_output=True, text=True)
+        if git.returncode:
+            raise RuntimeError(f"{run.variant}.patch: {git.stderr}")
+    return script
 
 
 def play(run, root, processes):
@@ -226,19 +158,12 @@ def play(run, root, processes):
     Returns the rows that it adds to the CSV. Raises RuntimeError, with the last line of stderr, where it fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, Path(run.script).name)
-        script.write_text(edited(Path(root, run.script).read_text(), run.variant))
-        env = {
-            **os.environ,
-            "PYTHONPATH": str(Path(root).absolute()),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
+        arguments = [sys.executable, place(run, root, folder), *command(run)]
+        env = os.environ | {"PYTHONPATH": str(Path(root).absolute()), "OMP_NUM_THREADS": "1"}
+        env |= {"CUDA_VISIBLE_DEVICES": ""}
         pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         # in a session of its own: Ctrl-C is for the sweep, which then ends its processes
-        with subprocess.Popen(
-            [sys.executable, script, *command(run)], cwd=folder, env=env, start_new_session=True, **pipes
-        ) as process:
+        with subprocess.Popen(arguments, cwd=folder, env=env, start_new_session=True, **pipes) as process:
             processes.append(process)
             _, err = process.communicate()
         if process.returncode:
@@ -279,7 +204,7 @@ def runs_of(name, seeds, tasks=None, smoke=False):
         flags = line.get("flags", [])
         if smoke:
             axes |= {axis: axes[axis][:1] for axis in ("task", "memory", "segment_length", "seed")}
-            flags = [*flags, *SMOKE.split(), *(SMOKE_DQN.split() if line["script"] != [PPO] else [])]
+            flags = [*flags, *SMOKE, *(SMOKE_PPO if line["script"] == [PPO] else SMOKE_DQN)]
         for script, task, *rest in itertools.product(*axes.values()):
             if not tasks or task in tasks:
                 steps = SMOKE_TIMESTEPS if smoke else line["task"][task]
