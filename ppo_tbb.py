@@ -124,7 +124,7 @@ def make_envs(args, num_envs, video=False):
             env = gym.wrappers.RecordVideo(env, "videos", name_prefix=args.env_id, episode_trigger=lambda n: n == 0)
         space = env.observation_space
         if "Text" in str(space) or not isinstance(spaces.flatten_space(space), spaces.Box):
-            raise ValueError(f"write a gymnasium.ObservationWrapper that makes a Box of {space}")
+            raise ValueError(f"observations do not flatten to a Box: {space}")
         env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
         space = env.action_space
         if isinstance(space, spaces.Box):
@@ -140,7 +140,8 @@ def make_envs(args, num_envs, video=False):
         makers = [partial(make_env, index) for index in range(num_envs)]
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     except (gym.error.Error, ImportError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
-        fail(f"--env-id {args.env_id}: {error} (module:{args.env_id} imports the module that registers it)")
+        hint = "an id may name its module, module:MyEnv-v0; an ObservationWrapper can make a Box of any observation"
+        fail(f"--env-id {args.env_id}: {error} ({hint})")
 
 
 class Rows(NamedTuple):
@@ -330,7 +331,7 @@ if __name__ == "__main__":
         if not args.evaluate:  # purge_step: what was logged after the checkpoint does not count twice
             writer = SummaryWriter(os.path.dirname(path) or ".", purge_step=global_step + 1 if saved else None)
     except (KeyError, OSError, RuntimeError, ValueError) as error:  # another shape, a full memory, a read-only folder
-        fail(f"{path}: {str(error).splitlines()[0]}")
+        fail(f"{path}: {' '.join(str(error).split())[:300]}")
     network = torch.compile(agent, mode="reduce-overhead", dynamic=False) if args.compile else agent
     if args.evaluate:
         returns = evaluate(eval_envs, agent, args)
