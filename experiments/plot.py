@@ -1,16 +1,18 @@
-"""Draws the figures, and writes the tables, of the experiments whose data are there.
+"""Draws the figures of the experiments whose results are there, and writes their tables into README.md.
 
     python experiments/plot.py                       # all of them
     python experiments/plot.py sensitivity recall
 
-Reads experiments/results/NAME.csv (see sweep.py) and benchmarks/returns.csv, writes experiments/figures/NAME*.png and
-experiments/results/NAME_summary.csv, and prints the summary. An interval is the 95% percentile bootstrap interval of a
-mean over seeds; in a mean over tasks, seeds are drawn anew within each task. One seed has none.
+Reads experiments/results/NAME.csv (see sweep.py) and benchmarks/returns.csv. Writes experiments/figures/NAME*.png,
+prints every table as Markdown and puts it into experiments/README.md between `<!-- table: NAME -->` and `<!-- end -->`.
+An interval is the 95% percentile bootstrap interval of a mean over seeds; in a mean over tasks, seeds are resampled
+within each task. One seed has no interval.
 """
 
 import argparse
 import csv
 import itertools
+import re
 import sys
 import textwrap
 from functools import partial
@@ -26,22 +28,37 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-# the mean return of 1,000 episodes of random actions, and the best return there is
-RANGE = {
+# tasks, methods, memories and variants are shown in these orders
+TASKS = {  # the mean return of 1,000 episodes of random actions, and a bound: the sum of the largest rewards
     "RepeatPreviousEasy": (-0.50, 1.0),
     "RepeatPreviousMedium": (-0.50, 1.0),
     "RepeatPreviousHard": (-0.50, 1.0),
     "RepeatFirstEasy": (-0.50, 1.0),
     "CountRecallEasy": (-0.93, 1.0),
+    "HigherLowerEasy": (0.01, 1.0),
+    "MineSweeperEasy": (-0.23, 1.0),
+    "BattleshipEasy": (-0.44, 1.0),
     "PositionOnlyCartPoleEasy": (0.11, 1.0),
+    "NoisyPositionOnlyCartPoleEasy": (0.11, 1.0),
+    "PositionOnlyPendulumEasy": (0.24, 1.0),
     "AutoencodeEasy": (-0.50, 1.0),
 }
-MEMORIES = {"lru": "LRU", "s5": "S5", "ffm": "FFM", "linear_transformer": "linear transformer", "gru": "GRU"}
-SERIES = ["step", "seconds", "eval_return", "padding"]  # columns with a number an evaluation
+METHODS = {"dqn_tbb": "TBB", "dqn_sbb": "SBB", "ppo_tbb": "PPO, TBB", "recurrent_ppo": "RecurrentPPO"}
+MEMORIES = {"lru": "LRU", "s5": "S5", "ffm": "FFM", "linear_transformer": "linear transformer", "mingru": "minGRU"}
+MEMORIES |= {"lru mingru": "LRU + minGRU", "gru": "GRU", "none": "none", "": "LSTM"}
+VARIANTS = {"": "", "sensitivity": "", "authors_next_value": ", authors' next value"}
+VARIANTS |= {"cut_last_episode": ", last episode cut", "prioritised": ", prioritised replay"}
+VARIANTS |= {"no_previous_action": ", no previous action", "burn_in": ", burn-in"}
 
+SERIES = ["step", "seconds", "eval_return", "padding"]  # columns with a number an evaluation
+SCORES = {  # of a run
+    "final return": lambda run: run["eval_return"][-1],
+    "mean return over training": lambda run: run["eval_return"].mean(),
+}
 LINES = [("black", "-", "o"), ("#cc5500", "--", "s"), ("#0072b2", "-.", "^"), ("#009e73", ":", "D")]
 LINES += [("#888888", (0, (6, 1)), "v"), ("#aa4499", (0, (1, 1)), "P")]
 BARS = [("black", ""), ("#bbbbbb", "//"), ("white", ".."), ("#777777", "xx"), ("white", "\\\\")]
+SPREAD = "mean and 95% bootstrap interval"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,14 +81,11 @@ def runs_of(rows):
     for run in runs.values():
         run |= {name: np.array(run[name]) for name in SERIES}
         run["task"] = run["env_id"].removeprefix("popgym-").removesuffix("-v0")
-        run["method"] = method(run)
-    return list(runs.values())
-
-
-def method(run):
-    if run["script"] == "dqn_sbb":
-        return f"SBB, L = {run['segment_length']}"
-    return {"dqn_tbb": "TBB", "recurrent_ppo": "RecurrentPPO"}[run["script"]]
+        run["method"] = METHODS[run["script"]] + f", L = {run['segment_length']}" * bool(run["segment_length"])
+    columns = {"task": TASKS, "memory": MEMORIES, "script": METHODS, "variant": VARIANTS}
+    ranks = lambda run: [list(order).index(run[name]) for name, order in columns.items()]
+    runs = sorted(runs.values(), key=lambda run: (*ranks(run), int(run["segment_length"] or 0), int(run["seed"])))
+    return [run | {"memory": MEMORIES[run["memory"]]} for run in runs]
 
 
 def grouped(runs, *names):
@@ -86,20 +100,15 @@ def unique(runs, name):
     return list(dict.fromkeys(run[name] for run in runs))
 
 
-def ordered(methods):
-    """TBB first, then segments by their length."""
-    return sorted(methods, key=lambda name: (not name.startswith("TBB"), len(name.split(":")[0]), name))
-
-
 def interval(*strata):
     """(mean, low, high) of (seeds, ...) arrays, a stratum each: the mean over strata of the mean over seeds."""
     mean = lambda *x, axis: sum(stratum.mean(axis) for stratum in x) / len(x)
+    center = mean(*strata, axis=0)
     if min(map(len, strata)) < 2:
-        center = mean(*strata, axis=0)
         return center, center * np.nan, center * np.nan
     rng = np.random.default_rng(0)
     found = bootstrap(strata, mean, axis=0, n_resamples=2000, method="percentile", vectorized=True, rng=rng)
-    return mean(*strata, axis=0), *found.confidence_interval
+    return center, *found.confidence_interval
 
 
 def over_tasks(score, runs):
@@ -107,18 +116,14 @@ def over_tasks(score, runs):
     return interval(*(np.array([score(run) for run in group]) for group in grouped(runs, "task").values()))
 
 
-def normalised(run, returns):
-    low, high = RANGE[run["task"]]
-    return (returns - low) / (high - low)
+def normalised(score):
+    """A score on a scale where random actions give 0 and the bound of the task is 1."""
 
+    def of_run(run):
+        low, high = TASKS[run["task"]]
+        return (SCORES[score](run) - low) / (high - low)
 
-def last(run):
-    return run["eval_return"][-1]
-
-
-def curve(runs, axis, grid):
-    """interval() of the evaluations of runs, between which lines are drawn, at the points of a grid."""
-    return interval(np.stack([np.interp(grid, run[axis], run["eval_return"]) for run in runs]))
+    return of_run
 
 
 def seeds(runs):
@@ -133,9 +138,13 @@ def draw_band(ax, x, band, label, style):
     color, linestyle, marker = LINES[style % len(LINES)]
     mean, low, high = band
     step = max(1, len(x) // 5)
-    kwargs = dict(color=color, linestyle=linestyle, marker=marker, markevery=(style % step, step), markersize=4)
-    ax.plot(x, mean, label=label, **kwargs)
+    kwargs = {"color": color, "linestyle": linestyle, "marker": marker, "markersize": 4}
+    ax.plot(x, mean, label=label, markevery=(style % step, step), **kwargs)
     ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def errors(mean, low, high):
+    return np.array([mean - low, high - mean]).clip(0)
 
 
 def draw_bars(ax, groups, series):
@@ -145,147 +154,109 @@ def draw_bars(ax, groups, series):
         color, hatch = BARS[i % len(BARS)]
         mean, low, high = np.array(bars, dtype=float).T
         x = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
-        error = np.array([mean - low, high - mean]).clip(0)
-        ax.bar(
-            x,
-            mean,
-            width,
-            yerr=error,
-            label=label,
-            color=color,
-            hatch=hatch,
-            edgecolor="black",
-            capsize=2,
-            ecolor="#cc5500",
-        )
+        style = {"color": color, "hatch": hatch, "edgecolor": "black", "capsize": 2, "ecolor": "#cc5500"}
+        ax.bar(x, mean, width, yerr=errors(mean, low, high), label=label, **style)
     ax.set_xticks(range(len(groups)), groups)
 
 
-def finish(figure, title, path, legend):
-    """legend: the Axes whose labels are explained below the figure."""
-    figure.suptitle(
-        "\n".join(textwrap.fill(line, int(14 * figure.get_figwidth())) for line in title.split("\n")), fontsize=10
-    )
-    handles, labels = legend.get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=min(len(labels), int(figure.get_figwidth() / 1.4)),
-        fontsize=8,
-    )
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    print(f"\n{path}")
-
-
 def panels(rows, columns, width, height, **kwargs):
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained", **kwargs
-    )
-    return figure, axes
+    size = (width * columns, height * rows)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **kwargs)
 
 
-def summarise(path, rows):
-    """Writes rows (dicts) as CSV and prints them as Markdown; a tuple is a mean and its interval."""
-    number = lambda x: f"{x:.3g}" if isinstance(x, float) else str(x)
-    text = lambda x: "{:.2f} [{:.2f}, {:.2f}]".format(*x) if isinstance(x, tuple) else number(x)
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        names = [
-            n
-            for name, x in rows[0].items()
-            for n in ((name, f"{name}_low", f"{name}_high") if isinstance(x, tuple) else (name,))
-        ]
-        writer.writerow(names)
-        for row in rows:
-            values = [v for x in row.values() for v in (x if isinstance(x, tuple) else (x,))]
-            writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in values])
-    print(f"\n{path}\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
+def save(figure, title, folder, name, legend):
+    """legend: the Axes whose labels are explained below the figure."""
+    width = figure.get_figwidth()
+    title = "\n".join(textwrap.fill(line, int(14 * width)) for line in title.split("\n"))
+    figure.suptitle(title, fontsize=10)
+    handles, labels = legend.get_legend_handles_labels()
+    columns = min(len(labels), max(1, int(width / 1.6)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
+    (folder / "figures").mkdir(exist_ok=True)
+    figure.savefig(path := folder / "figures" / f"{name}.png", dpi=130)
+    plt.close(figure)
+    print(path)
+
+
+def text(x):
+    """A number, or a mean with its interval and, where there is a fourth, a remark."""
+    mean, low, high, *remark = x if isinstance(x, tuple) else (x, np.nan, np.nan)
+    if isinstance(mean, str | int):
+        return str(mean)
+    number = lambda x: f"{x:.{2 if abs(x) < 9.995 else 1}f}"
+    return " ".join([number(mean), *[f"[{number(low)}, {number(high)}]"] * bool(low == low), *remark])
+
+
+def write(rows, folder, name, across=""):
+    """Prints rows (dicts) as a Markdown table, and writes it into README.md where there is one.
+
+    across: rows of which only this and `value` differ become one row, with a column for each value of this column.
+    """
+    wide = {}
     for row in rows:
-        print(f"| {' | '.join(map(text, row.values()))} |")
-
-
-SPREAD = "mean and 95% bootstrap interval"
+        rest = {column: x for column, x in row.items() if not across or column not in (across, "value")}
+        wide.setdefault(tuple(rest.values()), rest).update({row[across]: row["value"]} if across else {})
+    columns = list(dict.fromkeys(column for row in wide.values() for column in row))
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[text(row.get(column, "")) for column in columns] for row in wide.values()]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    print(f"\n{name}\n\n{table}\n")
+    if (page := folder / "README.md").exists():
+        marked = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        before, begin, end, after = re.split(marked, page.read_text(), flags=re.DOTALL)  # there is one place for it
+        page.write_text(f"{before}{begin}\n{table}\n\n{end}{after}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The experiments
+# The experiments: each draws its figures and writes its tables
 
 
-def curves(runs, axis, xlabel, title, path, label, rows=False):
-    """A panel for each task, or with rows a row of them, one for each memory; in each a line for each label(run)."""
+def curves(runs, axis, xlabel, label, rows=False):
+    """A panel for each task (rows: for each task and memory), and in it a line for each value of the column `label`."""
     tasks, memories = unique(runs, "task"), unique(runs, "memory") if rows else [None]
-    labels = ordered({label(run) for run in runs})
-    shape = (len(tasks), len(memories), 3.2, 2.4) if rows else (1, len(tasks), 4.5, 3.2)
-    figure, axes = panels(*shape, sharey="row")
+    figure, axes = panels(*((len(tasks), len(memories), 3.2, 2.4) if rows else (1, len(tasks), 4.5, 3.2)), sharey="row")
     for ax, (task, memory) in zip(axes.flat, itertools.product(tasks, memories)):
         here = [run for run in runs if run["task"] == task and memory in (None, run["memory"])]
-        for name in ordered({label(run) for run in here}):
-            some = [run for run in here if label(run) == name]
-            begin, end = max(run[axis][0] for run in some), min(run[axis][-1] for run in some)
-            grid = np.linspace(begin, end, 41)
-            draw_band(ax, grid, curve(some, axis, grid), name, labels.index(name))
-        ax.set_title(f"{task}, {MEMORIES.get(memory, memory)}" if rows else task, fontsize=9)
+        for (name,), some in grouped(here, label).items():
+            grid = np.linspace(max(run[axis][0] for run in some), min(run[axis][-1] for run in some), 41)
+            band = interval(np.stack([np.interp(grid, run[axis], run["eval_return"]) for run in some]))
+            draw_band(ax, grid, band, name, unique(runs, label).index(name))
+        ax.set_title(f"{task}, {memory}" if rows else task, fontsize=9)
         ax.set_xlabel(xlabel)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.grid(alpha=0.3)
     for row in axes:
-        row[0].set_ylabel("eval return")
-    finish(figure, f"{title}\n{SPREAD}, {seeds(runs)}", path, axes[0, 0])
+        row[0].set_ylabel("evaluation return")
+    return figure, max(axes.flat, key=lambda ax: len(ax.lines))
 
 
-def sample_efficiency(runs, results, figures):
-    """Of the segment lengths, best and worst are those of the mean over tasks: chosen in SBB's favour."""
-    curves(
-        runs,
-        "step",
-        "environment steps",
-        "Return of greedy episodes",
-        figures / "sample_efficiency_curves.png",
-        lambda run: run["method"],
-        rows=True,
-    )
-    scores = {
-        "at the end": lambda run: normalised(run, last(run)),
-        "mean over training": lambda run: normalised(run, run["eval_return"].mean()),
-    }
-    by_memory = grouped(runs, "memory")
+def sample_efficiency(runs, folder):
+    """Best and worst segment length are those of the mean over tasks, selected with knowledge of the results."""
+    figure, legend = curves(runs, "step", "environment steps", "method", rows=True)
+    title = f"Return of greedy episodes\n{SPREAD}, {seeds(runs)}"
+    save(figure, title, folder, "sample_efficiency_curves", legend)
+    figure, axes = panels(1, len(SCORES), 5.5, 3.5, sharey=True)
     table = []
-    figure, axes = panels(1, len(scores), 5.5, 3.5, sharey=True)
-    for ax, (name, score) in zip(axes[0], scores.items()):
+    for ax, name in zip(axes[0], SCORES):
         series = {"TBB": [], "SBB, best L": [], "SBB, worst L": []}
-        for (memory,), some in by_memory.items():
-            found = {m: over_tasks(score, group) for (m,), group in grouped(some, "method").items()}
+        for (memory,), some in grouped(runs, "memory").items():
+            found = {m: over_tasks(normalised(name), group) for (m,), group in grouped(some, "method").items()}
             lengths = sorted((m for m in found if m != "TBB"), key=lambda m: found[m][0])
             for label, m in zip(series, ("TBB", lengths[-1], lengths[0])):
                 series[label].append(found[m])
-                table.append({"score": name, "memory": memory, "method": m, "which": label, "normalised": found[m]})
-        draw_bars(ax, [MEMORIES.get(memory, memory) for (memory,) in by_memory], series)
+                remark = [f"({m.removeprefix('SBB, ')})"] * (m != "TBB")
+                table.append({"score": name, "memory": memory, "batches": label, "value": (*found[m], *remark)})
+        draw_bars(ax, unique(runs, "memory"), series)
         ax.set_title(name, fontsize=9)
-    axes[0, 0].set_ylabel("normalised return (0: chance, 1: best)")
-    tasks = ", ".join(unique(runs, "task"))
-    finish(figure, f"Mean over {tasks}\n{SPREAD}, {seeds(runs)}", figures / "sample_efficiency.png", axes[0, 0])
-    summarise(results / "sample_efficiency_summary.csv", table)
-    per_task = [
-        {
-            "task": task,
-            "memory": memory,
-            "method": m,
-            "seeds": len(some),
-            "return at the end": over_tasks(last, some),
-            "mean over training": over_tasks(lambda run: run["eval_return"].mean(), some),
-        }
+    axes[0, 0].set_ylabel("normalised return (0: random actions)")
+    title = f"Mean over {', '.join(unique(runs, 'task'))}\n{SPREAD}, {seeds(runs)}"
+    save(figure, title, folder, "sample_efficiency", axes[0, 0])
+    write(table, folder, "sample_efficiency", across="batches")
+    table = [
+        {"task": task, "memory": memory, "method": m, "value": over_tasks(SCORES["final return"], some)}
         for (task, memory, m), some in grouped(runs, "task", "memory", "method").items()
     ]
-    summarise(results / "sample_efficiency_tasks_summary.csv", per_task)
-
-
-def shares(run):
-    """The share of the gradient that observations of at most each age have, at the end of training."""
-    by_age = np.cumsum(run["sensitivity"][-1])
-    return by_age / by_age[-1]
+    write(table, folder, "sample_efficiency_tasks", across="method")
 
 
 def padded(arrays, value):
@@ -294,61 +265,49 @@ def padded(arrays, value):
     return np.stack([np.pad(x, (0, length - len(x)), constant_values=value(x)) for x in arrays])
 
 
-def sensitivity(runs, results, figures):
-    """Heat maps over training, and the cumulative share at its end; an edge is the length of a segment."""
-    edges = sorted({int(run["segment_length"]) for run in runs if run["segment_length"]})
-    methods, table = ordered(unique(runs, "method")), []
+def sensitivity(runs, folder):
+    """Heat maps over training, and the cumulative share at its end; L is the segment length of SBB."""
+    (L,), table = {int(run["segment_length"]) for run in runs if run["segment_length"]}, []
     for (task,), of_task in grouped(runs, "task").items():
-        memories = unique(of_task, "memory")
+        memories, methods = unique(of_task, "memory"), unique(of_task, "method")
         figure, axes = panels(len(memories), len(methods) + 1, 3.4, 2.5)
-        for row, memory in zip(axes, memories):
+        for row, ((memory,), of_memory) in zip(axes, grouped(of_task, "memory").items()):
             maps = {}
-            for i, name in enumerate(methods):
-                some = [run for run in of_task if (run["memory"], run["method"]) == (memory, name)]
+            for (method,), some in grouped(of_memory, "method").items():
                 evaluations = range(min(len(run["step"]) for run in some))
                 steps = [np.mean([run["step"][k] for run in some]) for k in evaluations]
                 rows = [padded([run["sensitivity"][k] for run in some], lambda x: np.nan) for k in evaluations]
-                maps[name] = steps, padded([np.nanmean(x, 0) for x in rows], lambda x: np.nan)
-                share = padded([shares(run) for run in some], lambda x: 1.0)
-                draw_band(row[-1], np.arange(share.shape[1]), interval(share), name, i)
-                for edge in edges:
-                    beyond = 1 - share[:, min(edge, share.shape[1]) - 1]
-                    table.append(
-                        {
-                            "task": task,
-                            "memory": memory,
-                            "method": name,
-                            "seeds": len(some),
-                            "L": edge,
-                            "share beyond L": interval(beyond),
-                        }
-                    )
+                maps[method] = steps, padded([np.nanmean(x, 0) for x in rows], lambda x: np.nan)
+                final = [np.cumsum(run["sensitivity"][-1]) for run in some]
+                share = padded([x / x[-1] for x in final], lambda x: 1.0)
+                draw_band(row[-1], np.arange(share.shape[1]), interval(share), method, methods.index(method))
+                beyond = interval(1 - share[:, min(L, share.shape[1]) - 1])
+                table.append({"task": task, "memory": memory, "method": method, "value": beyond})
             positive = np.concatenate([x[x > 0] for _, x in maps.values()])
             norm = LogNorm(np.quantile(positive, 0.01), positive.max())
-            for ax, (name, (steps, x)) in zip(row, maps.items()):
+            for ax, (method, (steps, x)) in zip(row, maps.items()):
                 ages = np.arange(x.shape[1])
                 mesh = ax.pcolormesh(ages, steps, x, norm=norm, cmap="magma", shading="nearest", rasterized=True)
                 figure.colorbar(mesh, ax=ax)
-                ax.set_title(f"{MEMORIES.get(memory, memory)}, {name}", fontsize=9)
+                ax.set_title(f"{memory}, {method}", fontsize=9)
             row[0].set_ylabel("environment steps")
-            row[-1].set_title(f"{MEMORIES.get(memory, memory)}, at the end", fontsize=9)
-            row[-1].set_ylabel("cumulative share")
-            row[-1].set_ylim(0, 1.02)
+            row[-1].set_title(f"{memory}, end of training", fontsize=9)
+            row[-1].set(ylabel="cumulative share", ylim=(0, 1.02))
             row[-1].grid(alpha=0.3)
             for ax in row:
-                ax.set_xlabel("age n - i (steps)")
-                for edge in edges:
-                    ax.axvline(edge - 0.5, color="white" if ax is not row[-1] else "black", linestyle="--", linewidth=1)
-        title = f"{task}: |dQ(s_n, a_n) / do_i| by age; dashed: the segment's edge\nmean over {seeds(of_task)}; share: "
-        finish(figure, title + SPREAD, figures / f"sensitivity_{task}.png", axes[0, -1])
-    summarise(results / "sensitivity_summary.csv", table)
+                ax.set_xlabel("age of the observation")
+                ax.axvline(L - 0.5, color="black" if ax is row[-1] else "white", linestyle="--", linewidth=1)
+        title = f"{task}: norm of dQ(s_n, a_n) / do_i by age n - i; dashed line: segment length of SBB\n"
+        title += f"heat maps: mean over {seeds(of_task)}; right: {SPREAD}"
+        save(figure, title, folder, f"sensitivity_{task}", axes[0, -1])
+    write(table, folder, "sensitivity", across="method")
 
 
-def random_statistics(task, length):
-    """What statistics over a padded batch are, from segments of 64 random episodes, as (a, b): the largest shift of a
-    feature's mean in its true standard deviations, and the mean over features of the ratio of standard deviations.
+def batch_statistics(task, length):
+    """How padding changes batch statistics of the network's inputs, measured on segments of 64 random episodes.
 
-    Features are what the encoder is given: padding is zeros in the columns, and so the first category in a one-hot.
+    Returns the largest shift of a feature's mean, in its standard deviations without padding, and the mean over
+    features of the ratio of standard deviations with and without padding.
     """
     sys.path.insert(0, str(ROOT))
     import dqn_sbb
@@ -356,170 +315,153 @@ def random_statistics(task, length):
     args = dqn_sbb.Args(env_id=f"popgym-{task}-v0", segment_length=length)
     envs = dqn_sbb.make_envs(args, 64)
     network, segments = dqn_sbb.QNetwork(envs, args), dqn_sbb.Segments(args, envs, "cpu")
-    for episode in dqn_sbb.collect(envs, network, partial(dqn_sbb.policy, epsilon=1.0), (0,), 0, 1):
+    for episode in dqn_sbb.collect(envs, network, partial(dqn_sbb.policy, epsilon=1.0), 0):
         segments.add(episode)
-    features = network.encode_obs(segments.rows.obs[:-1, : segments.end])  # (L, B, features)
-    played, everything = features[segments.played[:, : segments.end]], features.flatten(0, 1)
-    std = played.std(0)
+    obs = segments.rows.obs[: segments.end, :-1].numpy()  # (segments, L, features)
+    played = np.arange(length) < np.array(segments.index)[:, 1:]  # (segments, L)
+    mean, std = obs[played].mean(0), obs[played].std(0)
     varies = std > 0
-    shift = ((everything.mean(0) - played.mean(0)).abs() / std)[varies].max()
-    return float(shift), float((everything.std(0) / std)[varies].mean())
+    shift, ratio = np.abs(obs.mean((0, 1)) - mean)[varies] / std[varies], obs.std((0, 1))[varies] / std[varies]
+    return shift.max(), ratio.mean()
 
 
-def padding(runs, results, figures):
-    """From the runs of sample_efficiency: what share of SBB's batches was padding, in all of training."""
+def padding(runs, folder):
+    """From the runs of sample_efficiency: which share of SBB's batches was padding, over all of training."""
     runs = [run for run in runs if run["segment_length"]]
-    tasks, methods, table = unique(runs, "task"), ordered(unique(runs, "method")), []
-    share, shift, ratio = ({name: [] for name in methods} for _ in range(3))
-    for (task, name), some in grouped(runs, "task", "method").items():
-        found = interval(np.array([np.nanmean(run["padding"]) for run in some]))
-        share[name].append(found)
-        statistics = random_statistics(task, int(some[0]["segment_length"]))
-        for series, x in zip((shift, ratio), statistics):
-            series[name].append((x, np.nan, np.nan))
-        table.append(
-            {
-                "task": task,
-                "method": name,
-                "runs": len(some),
-                "padding": found,
-                "real transitions of 500": tuple(500 * (1 - found[i]) for i in (0, 2, 1)),
-                "shift of a mean": statistics[0],
-                "ratio of deviations": statistics[1],
-            }
-        )
-    figure, axes = panels(3, 1, max(5, 1.8 * len(tasks)), 2.4)
-    labels = [
-        "padding, share of a batch",
-        "largest shift of a mean\n(standard deviations)",
-        "std with padding / without",
-    ]
-    for ax, series, label in zip(axes[:, 0], (share, shift, ratio), labels):
-        draw_bars(ax, tasks, series)
+    labels = ["share of a batch", "largest shift of a mean\n(standard deviations)", "std with padding / without"]
+    series, table = [{name: [] for name in unique(runs, "method")} for _ in labels], []
+    for (task, method), some in grouped(runs, "task", "method").items():
+        share = interval(np.array([np.nanmean(run["padding"]) for run in some]))
+        table.append({"task": task, "method": method, "value": share})
+        statistics = batch_statistics(task, int(some[0]["segment_length"]))
+        for bars, x in zip(series, (share, *((x, np.nan, np.nan) for x in statistics))):
+            bars[method].append(x)
+    tasks = unique(runs, "task")
+    figure, axes = panels(len(labels), 1, max(5, 1.8 * len(tasks)), 2.4)
+    for ax, bars, label in zip(axes[:, 0], series, labels):
+        draw_bars(ax, tasks, bars)
         ax.set_ylabel(label, fontsize=8)
         ax.tick_params(labelsize=7)
-    right = axes[0, 0].secondary_yaxis("right", functions=(lambda p: 500 * (1 - p), lambda n: 1 - n / 500))
-    right.set_ylabel("real transitions of 500", fontsize=8)
     axes[2, 0].axhline(1, color="black", linewidth=0.8)
-    title = f"Padding in training: {SPREAD} over memories and {seeds(runs)}"
-    title += "\nbelow, from 64 random episodes: what batch statistics would see"
-    finish(figure, title, figures / "padding.png", axes[0, 0])
-    summarise(results / "padding_summary.csv", table)
+    title = f"Padding during training: {SPREAD} over memories and {seeds(runs)}"
+    title += "\nbelow: how it changes statistics over a batch of observations, from 64 random episodes"
+    save(figure, title, folder, "padding", axes[0, 0])
+    write(table, folder, "padding", across="method")
 
 
-def wall_clock(runs, results, figures):
-    label = lambda run: f"{run['method']}, {MEMORIES.get(run['memory'], run['memory'])}"
-    title, path = "Return against time, one thread each", figures / "wall_clock.png"
-    curves(runs, "seconds", "seconds", title, path, label)
-    table = []
-    for (task, name, memory), some in grouped(runs, "task", "method", "memory").items():
-        seconds = interval(np.array([run["seconds"][-1] for run in some]))
-        table.append(
-            {
-                "task": task,
-                "method": name,
-                "memory": memory,
-                "seeds": len(some),
-                "steps": int(some[0]["step"][-1]),
-                "seconds": seconds,
-                "return": over_tasks(last, some),
-            }
-        )
-    summarise(results / "wall_clock_summary.csv", table)
-
-
-def recall(runs, results, figures):
-    label = lambda run: run["method"] if run["method"] == "RecurrentPPO" else f"TBB, {MEMORIES[run['memory']]}"
-    title, path = "Recall 32 (Medium) and 64 (Hard) steps back", figures / "recall.png"
-    curves(runs, "step", "environment steps", title, path, label)
+def wall_clock(runs, folder):
+    runs = [run | {"label": f"{run['method']}, {run['memory']}"} for run in runs]
+    figure, legend = curves(runs, "seconds", "wall-clock time (s)", "label")
+    title = f"Return of greedy episodes against wall-clock time, one thread per run\n{SPREAD}, {seeds(runs)}"
+    save(figure, title, folder, "wall_clock", legend)
     table = [
-        {
-            "task": task,
-            "method": name,
-            "seeds": len(some),
-            "steps": int(some[0]["step"][-1]),
-            "return at the end": over_tasks(last, some),
-        }
-        for (task, name), some in grouped(runs, "task", "method").items()
+        {"task": task, "method": method, "memory": memory}
+        | {"seconds": interval(np.array([run["seconds"][-1] for run in some]))}
+        | {"final return": over_tasks(SCORES["final return"], some)}
+        for (task, method, memory), some in grouped(runs, "task", "method", "memory").items()
     ]
-    summarise(results / "recall_summary.csv", table)
+    write(table, folder, "wall_clock")
 
 
-def ablations(runs, results, figures):
-    label = lambda run: f"{run['method']}{': ' * bool(run['variant'])}{run['variant'].replace('_', ' ')}"
-    runs = [run | {"label": label(run)} for run in runs]
-    tasks, labels = unique(runs, "task"), ordered(unique(runs, "label"))[::-1]
-    scores = {"at the end": last, "mean over training": lambda run: run["eval_return"].mean()}
-    figure, axes = panels(1, len(tasks), 2.6, 0.35 * len(labels) + 1.6, sharey=True)
+def recall(runs, folder):
+    runs = [run | {"label": f"{run['method']}, {run['memory']}"} for run in runs]
+    figure, legend = curves(runs, "step", "environment steps", "label")
+    title = f"Recall over 32 (Medium) and 64 (Hard) time steps\n{SPREAD}, {seeds(runs)}"
+    save(figure, title, folder, "recall", legend)
+    table = [
+        {"task": task, "method": label, "seeds": len(some), "steps": f"{int(some[0]['step'][-1]):,}"}
+        | {"final return": over_tasks(SCORES["final return"], some)}
+        for (task, label), some in grouped(runs, "task", "label").items()
+    ]
+    write(table, folder, "recall")
+
+
+def compare(runs, folder, name, column, title):
+    """A panel for each task, with a line for each value of a column; the table adds the mean over tasks."""
+    tasks, labels = unique(runs, "task"), unique(runs, column)
+    columns = -(-len(tasks) // 2)
+    figure, axes = panels(-(-len(tasks) // columns), columns, 3, 0.3 * len(labels) + 1, sharey=True)
     table = []
-    for ax, task in zip(axes[0], tasks):
-        for i, ((name, score), marker, face) in enumerate(zip(scores.items(), "os", ("black", "white"))):
-            for y, wanted in enumerate(labels):
-                some = [run for run in runs if (run["task"], run["label"]) == (task, wanted)]
-                if some:
-                    mean, low, high = over_tasks(score, some)
-                    error = np.array([[mean - low], [high - mean]]).clip(0)
-                    ax.errorbar(
-                        mean,
-                        y + 0.12 - 0.24 * i,
-                        xerr=error,
-                        color="black",
-                        marker=marker,
-                        capsize=3,
-                        markerfacecolor=face,
-                        label=name if y == 0 else None,
-                    )
-                    table.append(
-                        {
-                            "task": task,
-                            "variant": wanted,
-                            "score": name,
-                            "seeds": len(some),
-                            "return": (mean, low, high),
-                        }
-                    )
+    for i, (score, of_run) in enumerate(SCORES.items()):
+        style = {"color": "black", "marker": "os"[i], "markerfacecolor": ("black", "white")[i], "capsize": 3}
+        for y, label in enumerate(labels):
+            some = [run for run in runs if run[column] == label]
+            for ax, task in zip(axes.flat, tasks):
+                if own := [run for run in some if run["task"] == task]:
+                    found = over_tasks(of_run, own)
+                    at = (found[0], y - 0.12 + 0.24 * i)
+                    ax.errorbar(*at, xerr=errors(*found)[:, None], label=score if y == 0 else None, **style)
+                    table.append({"score": score, column: label, "task": task, "value": found})
+            value = over_tasks(normalised(score), some)
+            table.append({"score": score, column: label, "task": "mean (normalised)", "value": value})
+    for ax, task in zip(axes.flat, tasks):
         ax.set_title(task, fontsize=9)
-        ax.set_xlabel("eval return")
+        ax.set_xlabel("evaluation return")
         ax.grid(axis="x", alpha=0.3)
     axes[0, 0].set_yticks(range(len(labels)), labels)
-    title = f"Our choices, one changed at a time (LRU)\n{SPREAD}, {seeds(runs)}"
-    finish(figure, title, figures / "ablations.png", axes[0, 0])
-    summarise(results / "ablations_summary.csv", table)
+    axes[0, 0].invert_yaxis()
+    save(figure, f"{title}\n{SPREAD}, {seeds(runs)}", folder, name, axes[0, 0])
+    write(table, folder, name, across="task")
 
 
-def returns(rows, results, figures):
+def ablations(runs, folder):
+    runs = [run | {"variant": run["method"] + VARIANTS[run["variant"]]} for run in runs]
+    compare(runs, folder, "ablations", "variant", "Ablations, one change at a time (LRU)")
+
+
+def memories(runs, folder):
+    compare(runs, folder, "memories", "memory", "Memory models (TBB)")
+
+
+def defaults(runs, folder):
+    """A table without a figure: one row for each script, task and memory."""
+    table = [
+        {"script": f"`{script}.py`", "task": task, "memory": memory, "seeds": len(some)}
+        | {"steps": f"{int(some[0]['total_timesteps']):,}", "random actions": TASKS[task][0]}
+        | {"final return": over_tasks(SCORES["final return"], some)}
+        for (script, task, memory), some in grouped(runs, "script", "task", "memory").items()
+    ]
+    write(sorted(table, key=lambda row: row["script"]), folder, "defaults")
+
+
+def returns(rows, folder):
     """From benchmarks/returns.py: milliseconds for a tape of so many episodes."""
     *rows, last_line = rows  # which says where it was measured
-    about = last_line["what"]
-    values = lambda name: list(dict.fromkeys(row[name] for row in rows))
-    contestants, table = values("contestant"), []
-    figure, axes = panels(len(values("what")), len(values("up to")), 3.2, 2.4, sharey="row")
-    for ax, (what, longest) in zip(axes.flat, itertools.product(values("what"), values("up to"))):
-        here = [row for row in rows if (row["what"], row["up to"]) == (what, longest)]
-        for i, name in enumerate(contestants):
-            own = [row for row in here if row["contestant"] == name]
+    whats, lengths, names = (list(dict.fromkeys(row[name] for row in rows)) for name in ("what", "up to", "contestant"))
+    figure, axes = panels(len(whats), len(lengths), 3.2, 2.4, sharey="row")
+    for ax, (what, longest) in zip(axes.flat, itertools.product(whats, lengths)):
+        for i, name in enumerate(names):
+            own = [row for row in rows if (row["what"], row["up to"], row["contestant"]) == (what, longest, name)]
             x, ms = ([float(row[column]) for row in own] for column in ("episodes", "ms"))
             color, linestyle, marker = LINES[i]
             ax.loglog(x, ms, color=color, linestyle=linestyle, marker=marker, markersize=4, label=name)
         ax.set_title(f"{what}, episodes of up to {longest} steps", fontsize=9)
         ax.set_xlabel("episodes")
         ax.grid(alpha=0.3)
-        for episodes in dict.fromkeys(row["episodes"] for row in here):
-            ms = {row["contestant"]: row["ms"] for row in here if row["episodes"] == episodes}
-            table.append({"what": what, "up to": longest, "episodes": episodes})
-            table[-1] |= {f"{name}, ms": ms.get(name, "") for name in contestants}
     for row in axes:
         row[0].set_ylabel("milliseconds")
-    title = "Discounted returns and advantages of a whole tape\n" + about
-    finish(figure, title, figures / "returns.png", axes[0, 0])
-    summarise(results / "returns_summary.csv", table)
+    title = f"Discounted returns and advantages of a whole tape\n{last_line['what']}"
+    save(figure, title, folder, "returns", axes[0, 0])
+    table = [
+        {"what": row["what"], "episodes": f"{int(row['episodes']):,}", "longest": row["up to"]}
+        | {
+            "contestant": row["contestant"],
+            "value": np.format_float_positional(float(row["ms"]), 2, fractional=False, trim="-"),
+        }
+        for row in rows
+    ]
+    write(table, folder, "returns", across="contestant")
+
+
+EXPERIMENTS = [sample_efficiency, sensitivity, padding, wall_clock, returns, recall, ablations, memories, defaults]
 
 
 def main():
-    names = ["sample_efficiency", "sensitivity", "padding", "wall_clock", "returns", "recall", "ablations"]
+    names = {experiment.__name__: experiment for experiment in EXPERIMENTS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
-    parser.add_argument("--results", type=Path, default=ROOT / "experiments" / "results")
+    help = "the folder of the CSVs; figures/ and README.md are those beside it"
+    parser.add_argument("--results", type=Path, default=ROOT / "experiments" / "results", help=help)
     args = parser.parse_args()
     if wrong := set(args.names) - set(names):
         parser.error(f"{' '.join(wrong)}: there are {', '.join(names)}")
@@ -529,7 +471,7 @@ def main():
             path = ROOT / "benchmarks" / path.name
         if args.names or path.exists():
             rows = read(path)
-            globals()[name](rows if name == "returns" else runs_of(rows), args.results, args.results.parent / "figures")
+            names[name](rows if name == "returns" else runs_of(rows), args.results.parent)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ ROOT = Path(__file__).parent.parent.absolute()
 # ---------------------------------------------------------------------------------------------------------------------
 # What is run. Each line of an experiment is a cross product; a task's number is its total_timesteps
 
-TBB, SBB, PPO = "dqn_tbb.py", "dqn_sbb.py", "experiments/recurrent_ppo.py"
+TBB, SBB, PPO, RECURRENT_PPO = "dqn_tbb.py", "dqn_sbb.py", "ppo_tbb.py", "experiments/recurrent_ppo.py"
 MONOIDS = ["lru", "s5", "ffm", "linear_transformer"]
 LENGTHS = [10, 20, 50, 100]
 TASKS = {
@@ -55,6 +55,8 @@ TASKS = {
     "AutoencodeEasy": 10_000,
 }
 MORE_TASKS = TASKS | {"HigherLowerEasy": 10_000, "NoisyPositionOnlyCartPoleEasy": 20_000}
+GAMES = ["HigherLowerEasy", "MineSweeperEasy", "BattleshipEasy"]
+CONTROL = ["PositionOnlyCartPoleEasy", "NoisyPositionOnlyCartPoleEasy", "PositionOnlyPendulumEasy"]
 FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer is an observation of long ago
 SMALL = ["--d-model", "64", "--learning-rate", "1e-3"]  # hundreds of runs: half the width, a third of the time
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
@@ -75,7 +77,7 @@ EXPERIMENTS = {
     ],
     "recall": [
         LRU | dict(task={"RepeatPreviousMedium": 50_000, "RepeatPreviousHard": 200_000}, flags=LONG),
-        dict(script=[PPO], task={"RepeatPreviousMedium": 200_000, "RepeatPreviousHard": 200_000}),
+        dict(script=[RECURRENT_PPO], task={"RepeatPreviousMedium": 200_000, "RepeatPreviousHard": 200_000}),
     ],
     "ablations": [
         LRU | dict(variant=["", "authors_next_value", "cut_last_episode", "prioritised", "no_previous_action"]),
@@ -85,11 +87,16 @@ EXPERIMENTS = {
         LRU | dict(task=MORE_TASKS, memory=[*MONOIDS, "mingru", "gru", "none"]),
         LRU | dict(task=MORE_TASKS, memory=["lru mingru"]),
     ],
+    "defaults": [
+        dict(script=[TBB], task=dict.fromkeys([*TASKS, *GAMES], 40_000), memory=["lru"]),
+        dict(script=[PPO], task=dict.fromkeys(["RepeatPreviousEasy", *CONTROL], 250_000), memory=["lru", "none"]),
+    ],
 }
 EVALUATIONS = 10  # in a run
 SMOKE_TIMESTEPS = 400
 SMOKE = ["--num-envs", "2", "--eval-episodes", "4"]
-SMOKE_DQN, SMOKE_PPO = ["--d-model", "16", "--learning-starts", "100"], ["--num-steps", "16"]
+SMOKE_MORE = {TBB: ["--d-model", "16", "--learning-starts", "100"], PPO: ["--d-model", "16"]}
+SMOKE_MORE |= {SBB: SMOKE_MORE[TBB], RECURRENT_PPO: ["--num-steps", "16"]}
 
 # A variant of a script is more flags, or the patch experiments/variants/NAME.patch
 FLAGS = {"no_previous_action": ["--no-previous-action"], "burn_in": ["--burn-in", "10"]}
@@ -204,7 +211,7 @@ def runs_of(name, seeds, tasks=None, smoke=False):
         flags = line.get("flags", [])
         if smoke:
             axes |= {axis: axes[axis][:1] for axis in ("task", "memory", "segment_length", "seed")}
-            flags = [*flags, *SMOKE, *(SMOKE_PPO if line["script"] == [PPO] else SMOKE_DQN)]
+            flags = [*flags, *SMOKE, *SMOKE_MORE[line["script"][0]]]
         for script, task, *rest in itertools.product(*axes.values()):
             if not tasks or task in tasks:
                 steps = SMOKE_TIMESTEPS if smoke else line["task"][task]
