@@ -15,6 +15,7 @@ them. Discounted returns and advantages are scans of the same kind, backwards in
 Time is dimension 0 everywhere, as in `torch.nn.GRU`. Shapes: T rows (time steps), B parallel sequences, D features.
 """
 
+import cmath
 import functools
 import importlib.util
 import math
@@ -49,8 +50,7 @@ class Affine(Monoid):
     """The maps h -> a h + b under composition; elements (a, b), two tensors of the same shape.
 
     (a, b) • (a', b') = (a a', a' b + b'), with identity (1, 0). The second half of the scan is h_t = a_t h_{t-1} + b_t
-    from h_{-1} = 0: every linear recurrence, discounted return and advantage in this file. `linear_recurrence` computes
-    it faster.
+    from h_{-1} = 0; `linear_recurrence` computes it faster.
     """
 
     def identity(self, like):
@@ -62,15 +62,15 @@ class Affine(Monoid):
         return a * a2, a2 * b + b2
 
 
-class Resettable(Monoid):
+class resettable(Monoid):  # in lower case: it is used as a function from monoid to monoid
     """Any monoid, with a flag that starts a new episode. Section 4 of the paper:
 
         (A, b) o (A', b') = (A • A', b or b')  where b' = 0
                             (e • A', 1)        where b' = 1
 
-    The elements are (elements of `monoid`, start). start is bool, (T,) or (T, B): its dimensions are the leading ones
-    of every tensor in the elements; in other dtypes, nonzero is True. In a scan, a row whose start is True depends on
-    no earlier row, and no gradient passes back across it, not even a NaN.
+    Elements are (elements of `monoid`, start). start (T,) or (T, B) has the leading dimensions of the elements. It is
+    bool; in other dtypes, nonzero is True. In a scan, a row whose start is True depends on no earlier row, and no
+    gradient passes back across it, not even a NaN.
     """
 
     def __init__(self, monoid):
@@ -82,12 +82,13 @@ class Resettable(Monoid):
 
     def op(self, left, right):
         (A, b), (A2, b2) = left, right
-        reset = lambda x, e: torch.where(b2.bool().reshape(b2.shape + (1,) * (x.ndim - b2.ndim)), e, x)
-        either = (b.bool() | b2.bool()).to(b2.dtype)
-        return self.monoid.op(tree_map(reset, A, self.monoid.identity(A)), A2), either
+        A = tree_map(lambda x, e: torch.where(_expand(b2.bool(), x), e, x), A, self.monoid.identity(A))
+        return self.monoid.op(A, A2), (b.bool() | b2.bool()).to(b2.dtype)
 
 
-resettable = Resettable  # a transform, from monoid to monoid
+def _expand(start, x):
+    """start (T,) or (T, B) -> with as many dimensions as x (T, B, ...)"""
+    return start.reshape(start.shape + (1,) * (x.ndim - start.ndim))
 
 
 def tree_map(f, *trees):
@@ -104,13 +105,13 @@ def _length(elements):
 def scan(monoid, elements, reverse=False):
     """All prefixes of •: result_t = x_0 • x_1 • ... • x_t.
 
-    elements: a tensor or a (nested) tuple of tensors, (T, ...) each, T >= 1 (T = 1 comes back as it is). The result has
-    the same structure and shapes. reverse runs time backwards, result_t = x_{T-1} • ... • x_{t+1} • x_t (flip, scan,
-    flip). Differentiable by autograd through every application of •.
+    elements: a tensor or a (nested) tuple of tensors, (T, ...) each, T >= 1. The result has the same structure and
+    shapes. reverse: result_t = x_{T-1} • ... • x_{t+1} • x_t instead (flip, scan, flip). Differentiable by autograd.
+    Raises ValueError if T is 0.
 
-    Adjacent pairs are multiplied, the pairs are scanned by recursion, which gives the prefixes that end on odd rows,
-    and one more multiplication gives those that end on even rows: fewer than 2T products, in 2 log2(T) steps (Blelloch
-    1990, "Prefix sums and their applications"; jax.lax.associative_scan does the same).
+    Adjacent pairs are combined and the pairs are scanned by recursion, which gives the prefixes that end on odd rows;
+    one more operation gives those that end on even rows: fewer than 2T operations, in 2 log2(T) steps (Blelloch 1990,
+    "Prefix sums and their applications"; jax.lax.associative_scan does the same).
     """
     if reverse:
         flip = lambda x: x.flip(0)
@@ -146,7 +147,7 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
     initial: h before the first row (after the last row if reverse), broadcasts to (...); None: zero
     reverse: h_t = decay_t h_{t+1} + x_t instead
     start:   bool (in other dtypes, nonzero is True), (T,) or (T, B): its dimensions are the leading ones of x. Where it
-             is True, decay counts as zero, so h_t = x_t. None: no resets
+             is True, h_t = x_t, whatever came before, NaN included. None: no resets
     Returns h (T, ...), in the dtype to which decay, x and initial promote. Raises ValueError if T is 0, RuntimeError if
     the shapes do not broadcast.
 
@@ -160,14 +161,15 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
     initial = x.new_zeros(()) if initial is None else initial
     dtype = torch.promote_types(torch.promote_types(decay.dtype, x.dtype), initial.dtype)
     decay = decay.reshape((1,) * (x.ndim - decay.ndim) + decay.shape)
-    start = start if start is None else start.bool().reshape(start.shape + (1,) * (x.ndim - start.ndim))
+    start = start if start is None else start.bool()
     return _LinearRecurrence.run(decay.to(dtype), x.to(dtype), initial.to(dtype).expand(x.shape[1:]), start, reverse)
 
 
 class _LinearRecurrence(torch.autograd.Function):
     @classmethod
-    def run(cls, *inputs):  # while acting, apply would take longer than the recurrence itself
-        return cls.apply(*inputs) if torch.is_grad_enabled() else cls.forward(*inputs)
+    def run(cls, *inputs):  # `apply` takes longer than one row of the recurrence: without gradients it is left out
+        transformed = torch._C._are_functorch_transforms_active()  # vmap, grad, ... of torch.func
+        return cls.apply(*inputs) if torch.is_grad_enabled() or transformed else cls.forward(*inputs)
 
     @staticmethod
     def forward(decay, x, initial, start, reverse):
@@ -185,17 +187,29 @@ class _LinearRecurrence(torch.autograd.Function):
         first, shift = (-1, 1) if ctx.reverse else (0, -1)
         zero = torch.zeros_like(initial)
         start_after = None if start is None else start.roll(shift, 0)
-        decay_after = decay.roll(shift, 0).conj_physical_()
+        decay_after = decay.roll(shift, 0).conj().resolve_conj()
         grad_x = _LinearRecurrence.run(decay_after, grad, zero, start_after, not ctx.reverse)
         grad_decay = grad_initial = None
         if ctx.needs_input_grad[0]:
             before = _shift(h, initial, ctx.reverse)  # h_{t-1}
-            before = before if start is None else before.mul_(~start)  # in place: allocating is slower
-            grad_decay = before.conj_physical_().mul_(grad_x).sum_to_size(decay.shape)
+            if start is not None:
+                before.masked_fill_(_expand(start, h), 0)
+            grad_decay = before.conj().resolve_conj().mul_(grad_x).sum_to_size(decay.shape)
         if ctx.needs_input_grad[2]:
             grad_initial = grad_x[first] * decay[first].conj()
-            grad_initial = grad_initial if start is None else ~start[first] * grad_initial
+            if start is not None:
+                grad_initial = torch.where(_expand(start, h)[first], 0, grad_initial)
         return grad_decay, grad_x, grad_initial, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, decay, x, initial, start, reverse):
+        V = info.batch_size
+        insert = lambda y, dim, to: y if y is None else y.unsqueeze(to) if dim is None else y.movedim(dim, to)
+        dims = in_dims[0], in_dims[1], in_dims[3]
+        decay, x, start = (insert(y, dim, 1) for y, dim in zip((decay, x, start), dims))  # (T, V, ...)
+        initial = insert(initial, in_dims[2], 0)  # (V, ...)
+        x, initial = x.expand(-1, V, *x.shape[2:]), initial.expand(V, *initial.shape[1:])
+        return _LinearRecurrence.run(decay, x, initial, start, reverse), 1
 
 
 def _shift(h, initial, reverse):
@@ -215,15 +229,15 @@ def discounted_return(gamma, reward, done, next_value=None):
 
     gamma: the discount, a float or a tensor that broadcasts; reward (T, ...) float; done (T, ...) bool: the episode
     ended here, terminated or truncated; next_value (T, ...): the value of the state that follows, read only where a row
-    is done or the last (None means 0). Pass 0 there for a terminal state. Returns G (T, ...). Section 4.2 of the paper.
+    is done or the last (None: zero). Pass 0 there for a terminal state. Returns G (T, ...). Section 4.2 of the paper.
     """
-    done = done.bool()
     x = reward
     if next_value is not None:
-        ends = done.clone()
+        ends = done.bool().clone()
         ends[-1] = True
         x = x + gamma * torch.where(ends, next_value, 0)
-    return linear_recurrence(gamma * (~done).to(x.dtype), x, reverse=True)
+    # backwards in time, an episode starts where it is done
+    return linear_recurrence(gamma * x.new_ones(1), x, reverse=True, start=done)
 
 
 def gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
@@ -232,15 +246,15 @@ def gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
         delta_t = r_t + gamma * (1 - terminated_t) * next_value_t - value_t
         A_t = delta_t + gamma * lmbda * (1 - done_t) * A_{t+1}
 
-    value, next_value, reward (T, ...) float: next_value is the value of the state that follows row t, the final
-    observation of its episode included; it is not read where terminated. done (T, ...) bool: nothing accumulates across
-    it. terminated (T, ...) bool: nothing is bootstrapped there either; None means done. After the last row nothing
-    accumulates, so an episode that goes on beyond the tape bootstraps from next_value there. Returns A (T, ...);
-    returns-to-go are A + value.
+    gamma, lmbda: floats or tensors that broadcast. value, next_value, reward (T, ...) float: next_value is the value of
+    the state that follows row t, final observations included; it is not read where terminated. done (T, ...) bool: the
+    episode ended here, terminated or truncated, and nothing accumulates across it. terminated (T, ...) bool: it ended
+    in a terminal state, no bootstrapping; None: wherever done. The last row bootstraps from next_value unless
+    terminated. Returns A (T, ...); returns-to-go are A + value.
     """
     terminated = done if terminated is None else terminated
     delta = reward + gamma * torch.where(terminated.bool(), 0, next_value) - value
-    return linear_recurrence(gamma * lmbda * (~done.bool()).to(delta.dtype), delta, reverse=True)
+    return linear_recurrence(gamma * lmbda * delta.new_ones(1), delta, reverse=True, start=done)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -523,14 +537,8 @@ class Memory(nn.Module):
         return x, tuple(after)
 
 
-CELLS = {
-    "lru": LRUCell,
-    "s5": S5Cell,
-    "ffm": FFMCell,
-    "linear_transformer": LinearTransformerCell,
-    "mingru": MinGRUCell,
-    "gru": GRUCell,
-}
+CELLS = {"lru": LRUCell, "s5": S5Cell, "ffm": FFMCell, "linear_transformer": LinearTransformerCell}
+CELLS |= {"mingru": MinGRUCell, "gru": GRUCell}
 
 
 def _layers(name, d_model, num_layers=2, **sizes):
@@ -562,8 +570,15 @@ def _recur(
     """linear_recurrence without its gradient; decay and start broadcast to x (T, ...), initial (...)."""
     if _on_gpu(x):
         return _triton(decay, x, initial, start, reverse)
-    decay = decay if start is None else (~start).to(x.dtype) * decay
-    return _blocked(decay.expand(x.shape), x, initial, reverse)
+    if start is None:
+        return _blocked(decay.expand(x.shape), x, initial, reverse)
+    start = _expand(start, x)
+    h = _blocked(((~start).to(x.dtype) * decay).expand(x.shape), x, initial, reverse)
+    # a multiplication is faster than a selection, but lets NaN through: 0 * NaN is NaN, and that lasts to the last row
+    if cmath.isfinite(h[0 if reverse else -1].sum().item()):
+        return h
+    (a, b), started = scan(resettable(Affine()), ((decay.expand(x.shape), x), start), reverse)
+    return b + torch.where(started, 0, a * initial)
 
 
 # torch.compile cannot fuse a loop over time of complex numbers: it sees the recurrence as one operator
@@ -602,98 +617,72 @@ def _steps(h, decays, xs, outs):
     return h
 
 
+# The kernel is defined only where it can run: on a GPU, or in Triton's interpreter. Importing Triton takes half a second.
 HAS_TRITON = importlib.util.find_spec("triton") is not None and (
-    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"  # importing Triton takes half a second
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 )
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
 
-
-    # In the kernel a number is a tuple, (value,) or (real part, imaginary part); in memory the two are neighbours.
+    # A number is a pair (real part, imaginary part) in the kernel; in memory, the parts of complex numbers alternate.
 
     @triton.jit
     def _load(pointer, offset, mask, COMPLEX: tl.constexpr):
         if COMPLEX:
-            pair = tl.expand_dims(pointer + 2 * offset, -1) + tl.arange(0, 2)
-            return tl.split(tl.load(pair, tl.expand_dims(mask, -1), other=0.0))
+            pointer += 2 * offset
+            return tl.load(pointer, mask, other=0.0), tl.load(pointer + 1, mask, other=0.0)
         else:
-            return (tl.load(pointer + offset, mask, other=0.0),)
+            real = tl.load(pointer + offset, mask, other=0.0)
+            return real, tl.zeros_like(real)
 
     @triton.jit
-    def _store(pointer, offset, value, mask):
-        if len(value) == 2:
-            pair = tl.expand_dims(pointer + 2 * offset, -1) + tl.arange(0, 2)
-            tl.store(pair, tl.join(value[0], value[1]), tl.expand_dims(mask, -1))
-        else:
-            tl.store(pointer + offset, value[0], mask)
+    def _store(pointer, offset, value, mask, COMPLEX: tl.constexpr):
+        tl.store(pointer + (2 * offset if COMPLEX else offset), value[0], mask)
+        if COMPLEX:
+            tl.store(pointer + 2 * offset + 1, value[1], mask)
 
     @triton.jit
-    def _multiply_add(a, b, c):  # a b + c
-        if len(a) == 2:
-            return a[0] * b[0] - a[1] * b[1] + c[0], a[0] * b[1] + a[1] * b[0] + c[1]
-        else:
-            return (a[0] * b[0] + c[0],)
-
-    @triton.jit
-    def _where(mask, value):  # zero elsewhere
-        if len(value) == 2:
-            return tl.where(mask, value[0], 0.0), tl.where(mask, value[1], 0.0)
-        else:
-            return (tl.where(mask, value[0], 0.0),)
-
-    @triton.jit
-    def _compose(a, b, a2, b2):  # Affine.op
-        return a * a2, a2 * b + b2
-
-    @triton.jit
-    def _compose_complex(a, a_i, b, b_i, a2, a2_i, b2, b2_i):
-        return a * a2 - a_i * a2_i, a * a2_i + a_i * a2, a2 * b - a2_i * b_i + b2, a2 * b_i + a2_i * b + b2_i
+    def _multiply(a, h, COMPLEX: tl.constexpr):  # 0 where a is 0, even if h is NaN
+        real = a[0] * h[0] - a[1] * h[1] if COMPLEX else a[0] * h[0]
+        imag = a[0] * h[1] + a[1] * h[0] if COMPLEX else h[1]
+        nonzero = (a[0] != 0) | (a[1] != 0)
+        return tl.where(nonzero, real, 0.0), tl.where(nonzero, imag, 0.0)
 
     @triton.jit
     def _kernel(
-        decay, x, enter, out, product, start, decay_stride, start_stride, T, N, D, CHUNK,
-        REVERSE: tl.constexpr, COMPLEX: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+        decay, x, enter, out, product, start, decay_stride, T, C, N, D, K,
+        REVERSE: tl.constexpr, COMPLEX: tl.constexpr, LANES: tl.constexpr,
     ):  # fmt: skip
-        """One chunk of time, for CHANNELS of the N = B x D channels, tile by tile of ROWS rows.
+        """The K rows of LANES of the C x N pairs (block, channel), one row after the other.
 
-        In a tile, a tree over its rows composes the affine maps (decay, x) of rows 0 to k into one, for every k.
-        Applied to the state that enters the tile they give the state of every row; that of the last row enters the next
-        tile. With `enter` given, `out` gets the states. With `product` given, the chunk starts from zero and only its
-        own map is written: (product, out).
+        With `enter` (C, N), the states that enter the blocks, out (T, N) gets the state of every row. With `product`,
+        every block starts from zero, and its affine map is written to product and out, (C, N) each.
         """
-        parts: tl.constexpr = 2 if COMPLEX else 1
-        n = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)  # 64 bits: x may be larger than 2^31
-        chunk = tl.program_id(1).to(tl.int64)
-        b, d = n // D, n % D
-        row = tl.arange(0, ROWS)[:, None]
-        zero = (tl.zeros((CHANNELS,), out.dtype.element_ty),) * parts
-        total = (zero[0] + 1,) + zero[1:]  # the product of the chunk's decays
-        state = zero
+        lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)  # 64 bits: x may have 2^31 elements
+        block, n = lane // N, lane % N
+        zero = tl.zeros((LANES,), out.dtype.element_ty)
+        h, total = (zero, zero), (zero + 1, zero)
         if enter is not None:
-            state = _load(enter, chunk * N + n, n < N, COMPLEX)
-        # num_stages: the next tiles are loaded while this one is computed
-        for s0 in tl.range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, T), ROWS, num_stages=3):
-            s = s0 + row
+            h = _load(enter, lane, block < C, COMPLEX)
+        for k in tl.range(K, num_stages=4):  # the next rows are loaded while this one is computed
+            s = block * K + k
             t = T - 1 - s if REVERSE else s
-            inside = (s < T) & (n < N)
-            a = _load(decay, t * decay_stride[0] + b * decay_stride[1] + d * decay_stride[2], inside, COMPLEX)
+            inside = (block < C) & (s < T)
+            keep = inside
             if start is not None:
-                resets = tl.load(start + t * start_stride[0] + b * start_stride[1], inside, other=0) != 0
-                a = _where(resets == 0, a)
-            maps = a + _load(x, t * N + n, inside, COMPLEX)
-            maps = tl.associative_scan(maps, 0, _compose_complex if COMPLEX else _compose)
-            products = maps[:parts]
-            states = _multiply_add(products, state, maps[parts:])
-            state = [tl.sum(value, 0) for value in _where(row == ROWS - 1, states)]
-            if product is not None:
-                total = _multiply_add([tl.sum(value, 0) for value in _where(row == ROWS - 1, products)], total, zero)
+                keep = inside & (tl.load(start + t * (N // D) + n // D, inside, other=1) == 0)
+            a, b = _load(decay, t * decay_stride + n, keep, COMPLEX), _load(x, t * N + n, inside, COMPLEX)
+            h = _multiply(a, h, COMPLEX)
+            h = h[0] + b[0], h[1] + b[1]
+            if product is None:
+                _store(out, t * N + n, h, inside, COMPLEX)
             else:
-                _store(out, t * N + n, states, inside)
+                total = _multiply(a, total, COMPLEX)
         if product is not None:
-            _store(product, chunk * N + n, total, n < N)
-            _store(out, chunk * N + n, state, n < N)
+            _store(product, lane, total, block < C, COMPLEX)
+            _store(out, lane, h, block < C, COMPLEX)
 
 
 def _on_gpu(x):
@@ -702,47 +691,33 @@ def _on_gpu(x):
     return HAS_TRITON and x.is_cuda and x.dtype in dtypes and x.get_device() == torch.cuda.current_device()
 
 
-def _tiling(T, N, itemsize):
-    """Rows and channels of a tile, and rows of a chunk, for T rows of N channels.
-
-    A tile is 8 KB: 128 rows of 64 bytes, wide enough to read memory at full speed, or more rows of fewer channels. 256
-    programs fill a GPU. Where there are fewer channels than that takes, time is cut into chunks; not for 8 tiles or
-    fewer, which are cheaper to process sequentially than to launch a second kernel.
-    """
-    channels = min(64 // itemsize, 1 << max(0, N - 1).bit_length())
-    rows = 8192 // (channels * itemsize)
-    tiles, programs = math.ceil(T / rows), math.ceil(N / channels)
-    chunks = 1 if tiles <= 8 else 256 // min(256, max(1, programs))
-    return rows, channels, rows * math.ceil(tiles / chunks)
+def _block_size(T, N):
+    """Rows of a block, for T rows of N channels: all if they are few or channels alone fill a GPU with threads."""
+    return T if T <= 256 else min(T, max(64, T * N // 2**17))
 
 
 def _triton(decay, x, initial, start, reverse):
-    """The kernel over all chunks: decay and x (T, ...), initial (...), start -> states (T, ...).
+    """The recurrence without its gradient, in blocks as in `_blocked`: one thread computes one channel of one block."""
+    shape, T, N = x.shape, len(x), math.prod(x.shape[1:])
 
-    The maps of the chunks are a recurrence of their own, C - 1 rows long, which gives the state that enters each chunk.
-    """
-    shape, D = x.shape, math.prod(x.shape[2:])
+    def flat(y):  # -> (T, N), or (1, N) if it is the same in every row
+        return y.expand(-1, *shape[1:]).reshape(-1, N).resolve_conj().resolve_neg().contiguous()
 
-    def merge(x):  # (T, B, ...) -> (T, B, D); what is broadcast over T or B stays so
-        x = x.expand(*x.shape[:2], *shape[2:]).reshape(*(*x.shape, 1)[:2], D)
-        return x.resolve_conj().resolve_neg()
+    decay, x, enter = flat(decay), flat(x), flat(initial[None])
+    D = 1 if start is None else math.prod(shape[start.ndim :])  # the channels that share a start
+    start = start if start is None else start.expand(shape[: start.ndim]).contiguous()
+    K = _block_size(T, N)
+    C = math.ceil(T / K)
 
-    decay, x, enter = merge(decay), merge(x).contiguous(), merge(initial[None]).contiguous()
-    T, B, _ = x.shape
-    rows, channels, rows_of_chunk = _tiling(T, B * D, x.element_size())
-    C = math.ceil(T / rows_of_chunk)
-    start_stride = None if start is None else start.reshape((*start.shape, 1)[:2]).expand(T, B).stride()
-
-    def run(C, *tensors):
+    def launch(C, *tensors):
         tensors = [y if y is None or not y.is_complex() else torch.view_as_real(y) for y in (decay, x, *tensors)]
-        strides = decay.expand(T, B, D).stride(), start_stride
-        grid = math.ceil(B * D / channels), C
-        _kernel[grid](*tensors, start, *strides, T, B * D, D, rows_of_chunk, reverse, x.is_complex(), rows, channels)
+        sizes = N * (len(decay) > 1), T, C, N, D, K
+        _kernel[(math.ceil(C * N / 128),)](*tensors, start, *sizes, reverse, x.is_complex(), LANES=128)
 
     if C > 1:
-        product, last = x.new_empty(2, C - 1, B, D)
-        run(C - 1, None, last, product)
-        enter = torch.cat((enter, _triton(product, last, enter[0], None, False)))
+        product, b = x.new_empty(2, C - 1, N)
+        launch(C - 1, None, b, product)
+        enter = torch.cat((enter, _triton(product, b, enter[0], None, False)))
     out = torch.empty_like(x)
-    run(C, enter, out, None)
+    launch(C, enter, out, None)
     return out.view(shape)
