@@ -9,19 +9,16 @@ training return is that of the latest episodes played to learn from: those of an
 """
 
 import argparse
-import csv
-import datetime
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
+import measure
 
-ENV_ID, GOAL, ROOT = "popgym-RepeatPreviousEasy-v0", 0.99, Path(__file__).parent.parent
+ENV_ID, GOAL = "popgym-RepeatPreviousEasy-v0", 0.99
 
 
 def ours(seed):
@@ -29,7 +26,7 @@ def ours(seed):
 
     with tempfile.TemporaryDirectory() as folder:
         begin = time.time()
-        command = [sys.executable, ROOT / "ppo_tbb.py", "--env-id", ENV_ID, "--seed", str(seed)]
+        command = [sys.executable, measure.ROOT / "ppo_tbb.py", "--env-id", ENV_ID, "--seed", str(seed)]
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         (run,) = Path(folder, "runs").iterdir()
         events = EventAccumulator(str(run)).Reload().Scalars("charts/episodic_return")
@@ -64,18 +61,15 @@ if __name__ == "__main__":
     if args.only_sb3:
         theirs(args.seed, args.sb3_timesteps)
         sys.exit()
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    rows = [("ppo_tbb.py", *ours(args.seed))]
+    os.environ |= {"OMP_NUM_THREADS": str(measure.THREADS), "MKL_NUM_THREADS": str(measure.THREADS)}
+    found = [ours(args.seed)]
     begin = time.time()
     command = [sys.executable, __file__, "--only-sb3", f"--seed={args.seed}", f"--sb3-timesteps={args.sb3_timesteps}"]
     steps, reached = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
-    rows.append(("sb3-contrib RecurrentPPO", int(steps), time.time() - begin, reached == "1"))
-
-    about = f"{datetime.date.today()}, torch {torch.__version__}, {platform.machine()}, one thread, seed {args.seed}"
-    print(f"{ENV_ID}, training return >= {GOAL} ({about})")
-    for name, steps, seconds, reached in rows:
-        print(f"{name:26} {steps:9,} steps {seconds:7.1f} s{'' if reached else '  (not reached)'}")
-    (_, steps, seconds, _), (_, their_steps, their_seconds, _) = rows
-    print(f"{'ratio, ours to theirs':26} {steps / their_steps:9.3f}       {seconds / their_seconds:7.3f}")
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
-        csv.writer(file).writerows([("algorithm", "steps", "seconds", "reached"), *rows, (about,)])
+    found.append((int(steps), time.time() - begin, reached == "1"))
+    rows = [
+        (name, steps, seconds, "yes" if reached else "no", steps / found[0][0], seconds / found[0][1])
+        for name, (steps, seconds, reached) in zip(("ppo_tbb.py", "sb3-contrib RecurrentPPO"), found)
+    ]
+    note = f"{ENV_ID}, until the training return is {GOAL} or more; seed {args.seed}"
+    measure.report(__file__, "algorithm,steps,seconds,reached,x steps,x seconds".split(","), rows, [note])

@@ -3,9 +3,10 @@
     python benchmarks/train.py
 
 Each script runs once with its default arguments, seed 1 (or --seed), in a process of its own, one after the other, but
-evaluates every 2,000 steps to see when the task is solved. Seconds count from the start of the process, imports and
-evaluations included. Then `collect` alone at 64 environments, with the untrained network, beside Gymnasium's
-SyncVectorEnv stepped with actions drawn beforehand. Writes benchmarks/train.csv.
+evaluates every 2,000 steps to see when the task is solved. Seconds count from the start of the process, imports,
+evaluations and checkpoints included. Before that, `collect` alone at 64 environments, with the untrained network,
+beside the same environments, Gymnasium's SyncVectorEnv, stepped with actions drawn beforehand. Writes
+benchmarks/train.csv.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import gymnasium as gym
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import measure
@@ -32,15 +32,8 @@ GOAL = 0.99
 def run(script, memory, seed):
     with tempfile.TemporaryDirectory() as folder:
         begin = time.time()
-        command = [
-            sys.executable,
-            measure.ROOT / script,
-            "--memory",
-            memory,
-            "--seed",
-            str(seed),
-            "--eval-frequency=2000",
-        ]
+        arguments = f"--memory {memory} --seed {seed} --eval-frequency 2000"
+        command = [sys.executable, measure.ROOT / script, *arguments.split()]
         environment = os.environ | {"OMP_NUM_THREADS": str(measure.THREADS)}
         subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
         seconds = time.time() - begin
@@ -50,35 +43,31 @@ def run(script, memory, seed):
     return script, memory, events[-1].step, seconds, events[-1].step / seconds, *solved, events[-1].value, math.nan
 
 
-def collection(num_envs=64, quota=64 * 48 * 4):
-    """`collect` beside bare environments, as many transitions of each."""
-    contestants = {}
+def collection(num_envs=64):
+    """`collect` beside the same environments alone, one episode in each; all episodes of the task are equally long."""
+    contestants, args = {}, dqn_tbb.Args()
     for script, name, act in (
         (dqn_tbb, "QNetwork", partial(dqn_tbb.policy, epsilon=0.5)),
         (ppo_tbb, "Agent", partial(ppo_tbb.policy, greedy=False)),
     ):
-        args = script.Args()
         envs = script.make_envs(args, num_envs)
         network = getattr(script, name)(envs, args).to(measure.DEVICE)
-        play = partial(script.collect, envs, network, act, (0, 0), 0, quota)
-        contestants[f"collect, {script.__name__}.py"] = play
-        transitions = sum(len(episode.reward) - 1 for episode in play())
-    # every step is a transition in each of them: an environment that is done is reset in the same step
-    mode = gym.vector.AutoresetMode.SAME_STEP
-    bare = gym.vector.SyncVectorEnv([partial(dqn_tbb.make_env, dqn_tbb.Args(), False)] * num_envs, autoreset_mode=mode)
-    actions = [bare.action_space.sample() for _ in range(transitions // num_envs)]
+        contestants[f"collect, {script.__name__}.py"] = play = partial(script.collect, envs, network, act, (0, 0, 0))
+        lengths = [len(episode.reward) - 1 for episode in play()]
+    envs = dqn_tbb.make_envs(args, num_envs)
+    actions = [envs.action_space.sample() for _ in range(max(lengths))]
 
     def random():
-        bare.reset(seed=0)
+        envs.reset(seed=0)
         for action in actions:
-            bare.step(action)
+            envs.step(action)
 
     contestants["SyncVectorEnv, random actions"] = random
     seconds = measure.interleaved(contestants, seconds=5.0)
     for name, s in seconds.items():
         memory = "" if name.startswith("Sync") else "lru"
         ratio = seconds["SyncVectorEnv, random actions"] / s
-        yield name, memory, transitions, s, transitions / s, "", math.nan, math.nan, ratio
+        yield name, memory, sum(lengths), s, sum(lengths) / s, "", math.nan, math.nan, ratio
 
 
 if __name__ == "__main__":
@@ -86,7 +75,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     rows = [*collection(), *(run(*which, args.seed) for which in RUNS)]
-    header = "what,memory,steps,seconds,steps a second,solved at,seconds to solve,eval return,x SyncVectorEnv".split(
-        ","
-    )
-    measure.report(__file__, header, rows, [f"seed {args.seed}; solved: an evaluation of {GOAL} or more, 32 episodes"])
+    header = "what,memory,steps,seconds,steps a second,solved at,seconds to solve,eval return,x SyncVectorEnv"
+    note = f"seed {args.seed}; solved: an evaluation of {GOAL} or more, 32 episodes"
+    measure.report(__file__, header.split(","), rows, [note])

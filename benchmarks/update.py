@@ -2,11 +2,12 @@
 
     pip install -r benchmarks/requirements.txt && python benchmarks/update.py
 
-First a DQN update at the default sizes for every memory, on a tape and on segments of as many transitions, padding
-included, for the LRU compiled as well, and a minibatch of PPO; then DQN updates on longer and longer tapes. "bare"
-replays the matrix products of one update, not compiled, alone: same shapes, strides and types in the same order, on
-random numbers. The rest are norms, activations, the scan, the optimizer. "x lru" is the time beside `dqn_tbb.py
---memory lru` at as many transitions. Peak memory is what an update adds to weights, optimizer and batch while it runs.
+First a DQN update at the default sizes for every memory and for the stack `lru mingru`, on a tape and on segments of
+as many transitions, padding included, for the LRU compiled as well, and a minibatch of PPO; then DQN updates on longer
+and longer tapes. "bare" replays the matrix products of one update, not compiled, alone: same shapes, strides and types
+in the same order, on random numbers. The rest are norms, activations, the scan, the optimizer. "x lru" is the time
+divided by that of `--memory lru` at as many transitions: that of `ppo_tbb.py` for its own updates, of `dqn_tbb.py` for
+all others. Peak memory is what an update adds to weights, optimizer and batch while it runs.
 
 Last, in processes of their own with one thread and with two, our update beside the authors' (authors.py): the same
 network and weights, d_model 256, as many transitions. Theirs has a row for each transition, ours one more for each
@@ -34,6 +35,8 @@ import dqn_tbb
 import ppo_tbb
 from monoids import MEMORIES
 
+STACKS = *MEMORIES, "lru mingru"
+EPISODES = 400
 TAPES = 1_000, 4_000, 16_000, 64_000  # transitions
 aten = torch.ops.aten
 
@@ -65,38 +68,37 @@ class MatrixProducts(TorchDispatchMode):
             f(*args)
 
 
-def play(script, quota):
-    """Episodes of the default task, played at random."""
-    args = script.Args(memory="none")
-    envs = script.make_envs(args, 64)
+def play(script, num_envs):
+    """One episode of the default task in each environment, played at random."""
+    args = script.Args(memory=("none",))
+    envs = script.make_envs(args, num_envs)
     if script is ppo_tbb:
         act, network = partial(script.policy, greedy=False), script.Agent(envs, args)
     else:
         act, network = partial(script.policy, epsilon=1.0), script.QNetwork(envs, args)
-    return script.collect(envs, network, act, (0, 0), 0, quota)
+    return script.collect(envs, network, act, (0, 0, 0))
 
 
 def dqn(script, episodes, memory, d_model, transitions, compile=False):
-    """-> the arguments of `update`, of which the networks are not compiled"""
-    args = script.Args(memory=memory, d_model=d_model, batch_size=transitions, compile=compile)
+    """-> the arguments of `update`, of which the networks are not compiled; memory: names, separated by spaces"""
+    args = script.Args(memory=tuple(memory.split()), d_model=d_model, batch_size=transitions, compile=compile)
     envs = script.make_envs(args, 1)
     q_network = script.QNetwork(envs, args).to(measure.DEVICE)
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
     buffer = (script.Segments if script is dqn_sbb else script.Tape)(args, envs, measure.DEVICE)
     for episode in episodes:
         buffer.add(episode)
-    batch = buffer.sample(transitions, np.random.default_rng(0))
+    batch = buffer.sample(transitions, np.random.default_rng((0, 2, 0)))
     return q_network, copy.deepcopy(q_network), optimizer, batch, args
 
 
 def ppo(episodes, memory):
-    args = ppo_tbb.Args(memory=memory)
+    args = ppo_tbb.Args(memory=tuple(memory.split()))
     agent = ppo_tbb.Agent(ppo_tbb.make_envs(args, 1), args).to(measure.DEVICE)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    columns = (torch.as_tensor(np.concatenate(x), device=measure.DEVICE)[:, None] for x in zip(*episodes))
-    batch = ppo_tbb.assess(agent, ppo_tbb.Rows(*columns), args)
-    minibatch = next(ppo_tbb.minibatches(batch, args.num_minibatches, np.random.default_rng(0)))
-    return agent, optimizer, minibatch, args
+    rows = (torch.as_tensor(np.concatenate(x), device=measure.DEVICE)[:, None] for x in zip(*episodes))
+    batch = ppo_tbb.compute_advantages(agent, ppo_tbb.Rows(*rows), args)
+    return agent, optimizer, next(ppo_tbb.minibatches(batch, args, np.random.default_rng((0, 2, 0)))), args
 
 
 HEADER = "update,memory,d_model,threads,transitions,rows,ms,us a row,bare ms,x bare,peak KiB a row,x lru".split(",")
@@ -114,7 +116,8 @@ def table(contestants, seconds):
     for key, (rows, f, _) in contestants.items():
         name, memory, d_model, transitions = key
         bare = time.get((key, "bare"), math.nan)
-        lru = time.get(("dqn_tbb.py", "lru", d_model, transitions), math.nan)
+        script = "ppo_tbb.py" if name == "ppo_tbb.py" else "dqn_tbb.py"
+        lru = time.get((script, "lru", d_model, transitions), math.nan)
         head = (name, memory, d_model, measure.THREADS, transitions, rows)
         costs = (1e3 * time[key], 1e6 * time[key] / rows, 1e3 * bare, time[key] / bare)
         found.append((*head, *costs, measure.peak_memory(f) / 1024 / rows, time[key] / lru))
@@ -131,27 +134,26 @@ def dqn_contestant(script, episodes, *sizes):
 def compiled_contestant(episodes, *sizes):
     """As `--compile` does it."""
     inputs = dqn(dqn_tbb, episodes, *sizes, compile=True)
-    mode = "reduce-overhead" if measure.DEVICE.type == "cuda" else "default"
-    networks = [torch.compile(network, mode=mode, dynamic=False) for network in inputs[:2]]
+    networks = [torch.compile(network, mode="reduce-overhead", dynamic=False) for network in inputs[:2]]
     f = partial(dqn_tbb.update, *networks, *inputs[2:])
     return inputs[3][0].start.numel(), f, partial(dqn_tbb.update, *inputs)
 
 
 def at_default_sizes(episodes):
     contestants = {}
-    for memory in MEMORIES:
+    for memory in STACKS:
         for script in (dqn_tbb, dqn_sbb):
             sizes = memory, dqn_tbb.Args().d_model, dqn_tbb.Args().batch_size
             contestants[f"{script.__name__}.py", *sizes] = dqn_contestant(script, episodes, *sizes)
     sizes = "lru", *sizes[1:]
     contestants["dqn_tbb.py --compile", *sizes] = compiled_contestant(episodes, *sizes)
     args = ppo_tbb.Args()
-    iteration = play(ppo_tbb, args.num_steps * args.num_envs)
-    for memory in MEMORIES:
+    iteration = play(ppo_tbb, args.num_envs)
+    for memory in STACKS:
         inputs = ppo(iteration, memory)
-        rows, transitions = len(inputs[2].value), len(ppo_tbb.transitions(inputs[2].rows))
+        rows = inputs[2][0]
         f = partial(ppo_tbb.update, *inputs)
-        contestants["ppo_tbb.py", memory, args.d_model, transitions] = rows, f, f
+        contestants["ppo_tbb.py", memory, args.d_model, len(ppo_tbb.transitions(rows))] = rows.start.numel(), f, f
     return table(contestants, seconds=1.0)
 
 
@@ -180,7 +182,7 @@ def jax_contestant(q_network, batch, args):
     tape = {
         "observation": features[0][t],
         "next_observation": features[0][t + 1],
-        "action": (rows.action[t, 0] * q_network.stride).sum(-1).int(),
+        "action": rows.action[t, 0].int(),
         "reward": rows.reward[t, 0],
         "terminated": rows.terminated[t, 0],
         "start": rows.start[t, 0],
@@ -220,9 +222,9 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     if "--only-authors" in sys.argv:  # used by the benchmark itself
         measure.pin()
-        print(json.dumps(beside_the_authors(play(dqn_tbb, 20_000))))
+        print(json.dumps(beside_the_authors(play(dqn_tbb, EPISODES))))
         sys.exit()
-    episodes = play(dqn_tbb, 20_000)
+    episodes = play(dqn_tbb, EPISODES)
     notes = []
     rows = at_default_sizes(episodes) + on_longer_tapes(episodes)
     if measure.DEVICE.type == "cuda" or not importlib.util.find_spec("jax"):
