@@ -31,7 +31,7 @@ TABLES = {  # name: (CSV, {heading: column}, which rows, the column to show for 
     "authors": ("update", AUTHORS, lambda row: row["d_model"] == "256", None),
     "returns": ("returns", SIZE, lambda row: row["what"] == "returns", "ms"),
     "gae": ("returns", SIZE, lambda row: row["what"] == "GAE", "ms"),
-    "runs": ("train", RUNS, lambda row: row["what"].endswith("bb.py"), None),
+    "runs": ("train", RUNS, lambda row: row["x SyncVectorEnv"] == "nan", None),
     "collect": ("train", COLLECT, lambda row: row["x SyncVectorEnv"] != "nan", None),
     "ppo": ("ppo", PPO, lambda row: True, None),
 }
