@@ -93,7 +93,7 @@ class Args:
     eval_episodes: int = 32
     """greedy episodes in an evaluation"""
 
-    def __post_init__(self):
+    def check(self):
         for low, high, names in [
             (0, 2**32 - 1, "seed max_episode_steps"),
             (1, np.inf, "total_timesteps num_envs buffer_size train_frequency d_model eval_frequency eval_episodes"),
@@ -103,10 +103,10 @@ class Args:
             (0, self.total_timesteps - 1, "learning_starts"),
         ]:
             for name in names.split():
-                if not (low <= (value := getattr(self, name)) <= high and np.isfinite(value)):
-                    raise ValueError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+                if not (low <= (value := getattr(self, name)) <= high and value != np.inf):
+                    fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
         if not self.memory or (self.resume and self.evaluate) or (self.capture_video and not self.evaluate):
-            raise ValueError("--memory needs a name; --capture-video goes with --evaluate, --resume without it")
+            fail("--memory needs a name; --capture-video goes with --evaluate, --resume without it")
 
 
 def fail(message):  # a user error: one line, exit status 2
@@ -120,9 +120,9 @@ def make_envs(args, num_envs, video=False):
         render = {"render_mode": "rgb_array"} if video else {}
         env = gym.make(args.env_id, args.max_episode_steps or None, **render, **args.env_kwargs)
         if video and index == 0:
-            env = gym.wrappers.RecordVideo(env, "videos", name_prefix=args.env_id, episode_trigger=lambda n: n == 0)
+            env = gym.wrappers.RecordVideo(env, "videos", name_prefix="eval", episode_trigger=lambda n: n == 0)
         space = env.observation_space
-        if "Text" in str(space) or not isinstance(spaces.flatten_space(space), spaces.Box):
+        if "Text(" in str(space) or not isinstance(spaces.flatten_space(space), spaces.Box):
             raise ValueError(f"observations do not flatten to a Box: {space}")
         env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
         space = env.action_space
@@ -297,9 +297,8 @@ def evaluate(envs, q_network, args):
 
 
 if __name__ == "__main__":
-    args, saved = tyro.cli(Args, description=__doc__), None
-    script, path = os.path.basename(__file__), args.resume or args.evaluate
-    if path:
+    args, saved, script = tyro.cli(Args, description=__doc__), None, os.path.basename(__file__)
+    if path := args.resume or args.evaluate:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)  # safe to load untrusted files
             if saved["script"] != script:
@@ -310,6 +309,7 @@ if __name__ == "__main__":
         if ":" in defaults.env_id and args.env_id != defaults.env_id:
             fail(f"{path} imports a module: add --env-id {defaults.env_id} if you trust it")
         args = tyro.cli(Args, description=__doc__, default=defaults)
+    args.check()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tensors this small gain little from more
     # glibc then keeps the memory of an update for the next one: a tenth of the time (mallopt(3), M_MMAP_THRESHOLD)
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
@@ -331,7 +331,7 @@ if __name__ == "__main__":
         iteration, global_step, num_updates, eval_return, seconds = counters
         if not args.evaluate:  # purge_step: what was logged after the checkpoint does not count twice
             writer = SummaryWriter(os.path.dirname(path) or ".", purge_step=global_step + 1 if saved else None)
-    except (KeyError, OSError, RuntimeError, ValueError) as error:  # another shape, a full memory, a read-only folder
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # other shapes, no room
         fail(f"{path}: {' '.join(str(error).split())[:300]}")
     networks = [q_network, target_network]
     if args.compile:

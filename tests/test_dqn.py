@@ -98,14 +98,15 @@ def test_sample_concatenates_whole_episodes():
 def test_padding_does_not_affect_the_values():
     """--compile pads batches to multiples of 64 rows."""
     rng = np.random.default_rng(0)
-    plain, padded = make_buffer(dqn_tbb), make_buffer(dqn_tbb, compile=True)
-    for name in range(9):
+    plain, padded = (make_buffer(dqn_tbb, buffer_size=150, compile=compiled) for compiled in (False, True))
+    for name in range(20):  # more than once round, so that the ring's first row is no start
         episode = make_episode(rng, int(rng.integers(1, 40)), name)
         plain.add(episode), padded.add(episode)
     args, rows = make_args(dqn_tbb), 0
     q_network = dqn_tbb.QNetwork(dqn_tbb.make_envs(args, 1), args)
     for seed in range(20):
         batches = [tape.sample(50, np.random.default_rng(seed)) for tape in (plain, padded)]
+        assert not padded.rows.start[0]
         torch.testing.assert_close(*(t for _, t in batches), rtol=0, atol=0)
         values = [
             q_network(rows.obs, rows.action, rows.start, q_network.memory.initial_state(1))[0] for rows, _ in batches
@@ -297,7 +298,7 @@ def test_segments_as_long_as_the_episodes_give_the_same_loss_as_the_tape(memory)
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_padding_does_not_affect_the_loss(memory):
     rng = np.random.default_rng(0)
-    segments = make_buffer(dqn_sbb, segment_length=7, buffer_size=700)
+    segments = make_buffer(dqn_sbb, segment_length=7, burn_in=2, buffer_size=700)
     for n in (3, 9, 1, 12):
         segments.add(make_episode(rng, n))
     batch = segments.sample(70, rng)
@@ -313,7 +314,7 @@ def test_padding_does_not_affect_the_loss(memory):
         garbage = rows._replace(
             obs=torch.where(beyond[..., None], extreme, rows.obs),
             action=torch.where(final, 1, rows.action),
-            reward=torch.where(final, extreme, rows.reward),
+            reward=torch.where(torch.cat((~mask, final[-1:])), extreme, rows.reward),  # nor do rewards of the burn-in
             terminated=rows.terminated | final,
             start=rows.start | beyond,
         )
