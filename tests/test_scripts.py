@@ -1,223 +1,353 @@
-"""What the three scripts share, tested in each of them: spaces, `collect`, the command line."""
+"""What the three scripts share, tested in each of them: spaces, `collect`, the command line, evaluation."""
 
+import os
+import random
 import re
-import runpy
+import shutil
 import signal
 import sys
-from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
-import gymnasium as gym
+import helpers
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Sequence, Text, Tuple
+from helpers import Lengths, assert_refused, checkpoint_of, contents, each_script, flags, load, make, outcome, scalars
 
 import dqn_sbb
 import dqn_tbb
 import ppo_tbb
 from monoids import MEMORIES
 
-SCRIPTS = [dqn_tbb, dqn_sbb, ppo_tbb]
-each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+play = helpers.play
 
 
-class Lengths(gym.Env):
-    """Episodes of very different lengths, drawn from the seed. Odd ones terminate, even ones are truncated.
-
-    obs = (step, length), reward = 100 * step + action: a row says where it came from.
-    """
-
-    observation_space = Box(0, np.inf, (2,))
-    action_space = Discrete(3, start=5)
-    resets = []
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.step_number, self.length = 0, int(self.np_random.choice([1, 2, 3, 10, 60, 200]))
-        if seed is not None:
-            Lengths.resets.append(seed)
-        return self.observe(), {}
-
-    def observe(self):
-        return np.array([self.step_number, self.length], dtype=np.float32)
-
-    def step(self, action):
-        assert self.step_number < self.length, "stepped past the end"
-        reward = 100 * self.step_number + action
-        self.step_number += 1
-        over = self.step_number == self.length
-        return self.observe(), float(reward), over and self.length % 2 == 1, over and self.length % 2 == 0, {}
+def final(out):
+    """(global_step, eval_return, eval_episodes) in the last line."""
+    line = r"final: global_step=(\d+) eval_return=(-?\d+\.\d+) eval_episodes=(\d+) seconds=\d+\.\d+"
+    step, eval_return, episodes = re.fullmatch(line, out.splitlines()[-1]).groups()
+    return int(step), float(eval_return), int(episodes)
 
 
-gym.register("Lengths-v0", Lengths)
-
-
-def make(script, **kwargs):
-    """(envs, network, act) of a script; act plays at random, as its training does at first."""
-    args = script.Args(**{"env_id": "Lengths-v0", "num_envs": 3, "d_model": 16, **kwargs})
-    envs = script.make_envs(args, args.num_envs)
-    torch.manual_seed(0)
-    if script is ppo_tbb:
-        return envs, script.Agent(envs, args), partial(script.policy, greedy=False)
-    return envs, script.QNetwork(envs, args), partial(script.policy, epsilon=0.5)
+# ---------------------------------------------------------------------------------------------------------------------
+# Episodes
 
 
 @each_script
-@pytest.mark.parametrize("num_envs, quota", [(1, 1), (1, 500), (3, 1), (4, 500), (16, 700)])
-def test_collect_starts_finishes_and_keeps_every_episode(script, num_envs, quota):
+@pytest.mark.parametrize("num_envs", [1, 4, 32])
+def test_collect_plays_one_whole_episode_in_each_environment(script, num_envs, monkeypatch):
+    monkeypatch.setattr(Lengths, "lengths", [1, 2, 3, 10, 60, 201])
     envs, network, act = make(script, num_envs=num_envs)
-    Lengths.resets.clear()
-    episodes = script.collect(envs, network, act, (1, 0), 0, quota)
-    assert len(Lengths.resets) == len(episodes) >= num_envs
-    assert sum(len(e.start) - 1 for e in episodes) >= quota
-    if quota == 1:
-        assert len(episodes) == num_envs
+    episodes = script.collect(envs, network, act, (1, 0))
+    assert len(episodes) == num_envs
     for e in episodes:
         n = int(e.obs[0, 1])
         np.testing.assert_array_equal(e.obs, [[step, n] for step in range(n + 1)])
         action = e.reward[:-1] - 100 * np.arange(n)  # the environment's own, which counts from 5
-        np.testing.assert_array_equal(e.action[:-1, 0], action - 5)
-        assert set(action) <= {5, 6, 7}
-        assert e.reward[-1] == e.action[-1, 0] == 0
+        np.testing.assert_array_equal(e.action[:-1].reshape(n), action - 5)
+        assert e.reward[-1] == 0 and not e.action[-1].any()
         np.testing.assert_array_equal(e.terminated, np.arange(n + 1) == (n - 1 if n % 2 else -1))
         np.testing.assert_array_equal(e.start, np.arange(n + 1) == 0)
+        assert [x.dtype for x in e] == [np.float32, np.int64, np.float32, bool, bool]
 
 
 @each_script
-def test_an_episode_does_not_depend_on_what_runs_beside_it(script):
-    played = []
-    for num_envs in (1, 5):
-        envs, network, act = make(script, num_envs=num_envs)
-        played.append(script.collect(envs, network, act, (1, 0), 0, 1500))
-    later = script.collect(envs, network, act, (1, 0), 3, 300)  # as after a restart
-    assert len({len(e.start) for e in later}) > 1
-    for a, b in [*zip(*played), *zip(played[0][3:], later)]:
-        for x, y in zip(a, b):
-            np.testing.assert_array_equal(x, y)
-    other = script.collect(envs, network, act, (2, 0), 0, 1500)
-    assert [len(e.start) for e in other[:9]] != [len(e.start) for e in played[0][:9]]
+def test_episodes_are_a_function_of_the_seed(script, monkeypatch):
+    """Whatever generator the environment uses, and whatever ran before."""
+    noise = lambda env: np.array([random.random() + np.random.rand(), torch.rand(()).item()], dtype=np.float32)
+    monkeypatch.setattr(Lengths, "observe", noise)
+    envs, network, act = make(script, num_envs=8)
+    a, other, b = (script.collect(envs, network, act, seed) for seed in [(1, 0), (1, 1), (1, 0)])
+    for x, y in zip(sum(a, ()), sum(b, ()), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert [len(e.start) for e in a] != [len(e.start) for e in other]
 
 
 @each_script
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_the_state_is_reset_exactly_where_an_episode_starts(script, memory):
-    """What the network made of a row while it played is what one pass over the whole episode makes of it."""
-    envs, network, _ = make(script, memory=memory)
-    outputs = []
+def test_network_computes_the_same_while_playing_and_over_the_tape(script, memory):
+    """One row at a time, and all episodes in one pass: the state is reset exactly where an episode starts."""
+    envs, network, _ = make(script, memory=(memory,), num_envs=6)
+    played = []
 
-    def act(network, obs, previous_action, start, state, noise):
-        y, *_, state = network(obs, previous_action, start, state)
-        y = y[0].logits if script is ppo_tbb else y
-        outputs.extend((tuple(o), row) for o, row in zip(obs[0].tolist(), y[0]))
-        return (noise[:, 1:] * 3).floor(), state
+    def forward(*inputs):
+        y, *_, state = network(*inputs)
+        return y[0].logits if script is ppo_tbb else y, state
 
-    episodes = script.collect(envs, network, act, (1, 0), 0, 600)
-    for e in episodes:
-        obs, action, start = (torch.as_tensor(x)[:-1, None] for x in (e.obs, e.action, e.start))
-        with torch.no_grad():
-            y, *_ = network(obs, action.roll(1, 0), start, network.memory.initial_state(1))
-        y = (y[0].logits if script is ppo_tbb else y)[:, 0]
-        for o, row in zip(obs[:, 0].tolist(), y):
-            assert any(o == list(seen) and torch.allclose(row, out, atol=1e-4) for seen, out in outputs)
+    def act(network, obs, previous_action, start, state):
+        y, state = forward(obs, previous_action, start, state)
+        played.append(y[0])
+        return torch.randint(3, previous_action.shape[1:]), state
+
+    episodes = script.collect(envs, network, act, (1, 0))
+    obs, action, _, _, start = (torch.as_tensor(np.concatenate(x))[:, None] for x in zip(*episodes))
+    with torch.no_grad():
+        y, _ = forward(obs, action.roll(1, 0), start, network.memory.initial_state(1))
+    for i, rows in enumerate(y[:, 0].split([len(e.start) for e in episodes])):
+        torch.testing.assert_close(rows[:-1], torch.stack(played)[: len(rows) - 1, i], rtol=1e-4, atol=1e-5)
 
 
 @each_script
 def test_max_episode_steps_truncates(script):
     envs, network, act = make(script, env_id="CartPole-v1", max_episode_steps=5)
-    for e in script.collect(envs, network, act, (1, 0), 0, 50):
+    for e in script.collect(envs, network, act, (1, 0)):
         assert len(e.start) == 6 and not e.terminated.any()
 
 
-SPACE = Dict({"b": Tuple((Discrete(3, start=-1), Box(-1, 1, (2,)))), "a": MultiDiscrete([2, 4])})
+@each_script
+def test_evaluation_is_greedy(script, monkeypatch):
+    envs, network, _ = make(script, num_envs=5)
+    last = (network.actor if script is ppo_tbb else network.head)[-1]
+    torch.nn.init.zeros_(last.weight)
+    last.bias.data = torch.arange(len(last.bias)) / 10.0  # the last action is a little better
+    episodes, collect = [], script.collect
+    monkeypatch.setattr(script, "collect", lambda *args: episodes.extend(collect(*args)) or episodes)
+    returns = script.evaluate(envs, network, script.Args())
+    assert len(episodes) == 5 and all((e.action[:-1] == 2).all() for e in episodes)
+    np.testing.assert_array_equal(returns, [e.reward.sum() for e in episodes])
 
 
 @each_script
-def test_spaces_become_columns_and_features(script):
-    assert script.columns(SPACE) == [2, 4, 3, 0, 0]  # Dict sorts its keys
-    batch = {"b": (np.array([-1, 1]), np.array([[0.5, -0.5], [0.25, 1.0]])), "a": np.array([[1, 3], [0, 2]])}
-    x = script.flatten(SPACE, batch)
-    np.testing.assert_array_equal(x, np.float32([[1, 3, 0, 0.5, -0.5], [0, 2, 2, 0.25, 1.0]]))
-    one_hot = script.OneHot(script.columns(SPACE))
-    expected = [[0, 1, 0, 0, 0, 1, 1, 0, 0, 0.5, -0.5], [1, 0, 0, 0, 1, 0, 0, 0, 1, 0.25, 1.0]]
-    assert one_hot.features == 11
-    torch.testing.assert_close(one_hot(torch.as_tensor(x)), torch.tensor(expected))
+@pytest.mark.parametrize("lengths, num_envs", [([1], 4), ([1], 1), ([1, 1, 1, 400], 2)], ids=str)
+def test_episodes_of_any_length(script, lengths, num_envs, play, monkeypatch):
+    monkeypatch.setattr(Lengths, "lengths", lengths)
+    status, out, err = play(script, *flags(script, "--total-timesteps", 100, "--num-envs", num_envs))
+    assert (status, err) == (0, "") and final(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spaces
+
+
+OBSERVATIONS = [  # space, an observation, what the network sees
+    (Discrete(3, start=5), 6, [0, 1, 0]),
+    (MultiDiscrete([[2], [3]]), np.array([[1], [0]]), [0, 1, 1, 0, 0]),
+    (MultiBinary([2, 2]), np.array([[1, 0], [0, 1]], dtype=np.int8), [1, 0, 0, 1]),
+    (Box(0, 255, (2, 1, 2), np.uint8), np.array([[[0, 255]], [[3, 4]]], dtype=np.uint8), [0, 255, 3, 4]),
+    (Tuple((Discrete(2), Box(-1, 1, (1,)))), (1, np.float32([0.5])), [0, 1, 0.5]),
+    (  # a Dict sorts its keys
+        Dict({"b": Tuple((Discrete(3, start=-1), Box(-1, 1, (2,)))), "a": MultiDiscrete([2, 4])}),
+        {"b": (1, np.float32([0.5, -0.5])), "a": np.array([1, 3])},
+        [0, 1, 0, 0, 0, 1, 0, 0, 1, 0.5, -0.5],
+    ),
+]
 
 
 @each_script
-@pytest.mark.parametrize("space", [Discrete(4, start=3), MultiDiscrete([2, 3, 4]), Box(-2, 2, (3,))], ids=str)
-def test_actions_go_to_the_environment_and_back(script, space):
-    batch = gym.vector.utils.batch_space(space, 7)
-    batch.seed(0)
-    action = batch.sample()
-    back = script.unflatten(space, script.flatten(space, action))
-    np.testing.assert_allclose(back, action, rtol=1e-6)
-    assert all(space.contains(a.astype(space.dtype)) for a in back)
+@pytest.mark.parametrize("space, obs, expected", OBSERVATIONS, ids=lambda x: type(x).__name__)
+def test_observations_are_flattened(script, space, obs, expected):
+    envs, network, act = make(script, env_id="Anything-v0", env_kwargs={"observation_space": space, "obs": obs})
+    for e in script.collect(envs, network, act, 0):
+        np.testing.assert_array_equal(e.obs, np.float32([expected] * 4))
+
+
+ACTIONS = [Discrete(4, start=3), MultiDiscrete([2, 3, 4]), MultiDiscrete([[2, 3]], start=[[1, -1]])]
 
 
 @each_script
-def test_box_actions_are_clipped_for_the_environment(script):
-    np.testing.assert_array_equal(script.unflatten(Box(-1, 2, (2,)), np.float32([[-9, 9]])), [[-1, 2]])
+@pytest.mark.parametrize("space", ACTIONS, ids=str)
+def test_every_discrete_action_reaches_the_environment(script, space):
+    nvec = np.ravel(getattr(space, "nvec", getattr(space, "n", None)))
+    n = int(nvec.prod())
+    every = np.stack(np.unravel_index(np.arange(n), nvec), -1)  # (n, components)
+    left = iter(torch.as_tensor(every if script is ppo_tbb else np.arange(n)))
+    envs, network, _ = make(script, num_envs=1, env_id="Anything-v0", env_kwargs={"action_space": space, "n": n})
+    script.collect(envs, network, lambda network, obs, action, start, state: (next(left)[None], state), 0)
+    received = envs.envs[0].unwrapped.actions
+    np.testing.assert_array_equal(received, every.reshape(n, *space.shape) + space.start)
+    assert all(space.contains(space.dtype.type(action)) for action in received)
 
 
-def run(script, capsys, monkeypatch, tmp_path, *flags):
-    """Runs a script as from the command line, in tmp_path: (exit status, stdout, stderr)."""
-    path = script.__file__
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [path, *map(str, flags)])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    status = 0
-    try:
-        runpy.run_path(path, run_name="__main__")
-    except SystemExit as stop:
-        status = stop.code
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)  # so that Ctrl-C stops pytest again
-    return status, *capsys.readouterr()
+def test_box_actions_are_clipped_only_for_the_environment():
+    space, actions = Box(-1, np.float32([[2, 3]])), torch.tensor([[[-9.0, 9.0]], [[0.5, -0.5]], [[9.0, 2.0]]])
+    envs, network, _ = make(ppo_tbb, num_envs=1, env_id="Anything-v0", env_kwargs={"action_space": space})
+    left = iter(actions)
+    (e,) = ppo_tbb.collect(envs, network, lambda network, *inputs, state=None: (next(left), inputs[-1]), 0)
+    np.testing.assert_array_equal(envs.envs[0].unwrapped.actions, [[[-1, 3]], [[0.5, -0.5]], [[2, 2]]])
+    np.testing.assert_array_equal(e.action[:-1], actions[:, 0])
 
 
-SMALL = "--total-timesteps 400 --num-envs 4 --num-steps 16 --d-model 16 --eval-episodes 20".split()
-DQN_SMALL = "--batch-size 100 --learning-starts 50 --buffer-size 500".split()
-FINAL = re.compile(r"final: global_step=(\d+) eval_return=(-?\d+\.\d+) eval_episodes=20 seconds=\d+\.\d+")
-TASKS = ["popgym-RepeatPreviousEasy-v0", "popgym-AutoencodeEasy-v0", "popgym-BattleshipEasy-v0", "CartPole-v1"]
-
-
-@each_script
-@pytest.mark.parametrize("env_id", TASKS)
-def test_a_run_ends_with_the_line_that_programs_read(script, env_id, capsys, monkeypatch, tmp_path):
-    small = SMALL + (DQN_SMALL if script is not ppo_tbb else [])
-    status, out, err = run(script, capsys, monkeypatch, tmp_path, "--env-id", env_id, *small)
-    assert status == 0 and err == ""
-    final = FINAL.fullmatch(out.splitlines()[-1])
-    assert final and int(final[1]) >= 400
-    assert list(tmp_path.glob(f"runs/{env_id}__{script.__name__}__1__*/events*"))
+REFUSED = [("observation_space", space) for space in (Text(5), Dict(a=Text(5)), Graph(Box(0, 1), None))]
+REFUSED += [("observation_space", Sequence(Discrete(2))), ("action_space", MultiBinary(3))]
+REFUSED += [("action_space", Tuple((Discrete(2), Discrete(3))))]
 
 
 @each_script
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--memory", "lstm"], "lru"),
-        (["--env-id", "popgym-RepeatPreviusEasy-v0"], "Did you mean: `popgym-RepeatPreviousEasy`"),
-        (["--num-envs", "0"], "--num-envs must be 1 or more"),
-        (["--seed", "one"], "--seed"),
-        (["--no-such-thing"], "--no-such-thing"),
-    ],
-)
-def test_wrong_input_gets_one_line_and_status_2(script, flags, message, capsys, monkeypatch, tmp_path):
-    status, out, err = run(script, capsys, monkeypatch, tmp_path, *flags)
-    assert status == 2 and out == ""
-    assert len(err.splitlines()) == 1 and message in err
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("which, space", REFUSED, ids=str)
+def test_unsupported_spaces_are_refused(script, which, space, play, tmp_path, monkeypatch):
+    monkeypatch.setattr(Lengths, which, space)
+    help = "ObservationWrapper" if which == "observation_space" else "takes"
+    assert_refused(play(script, *flags(script)), str(space), help)
+    assert not [*tmp_path.iterdir()]
 
 
-def test_dqn_sends_continuous_actions_to_ppo(capsys, monkeypatch, tmp_path):
-    for script in (dqn_tbb, dqn_sbb):
-        status, _, err = run(script, capsys, monkeypatch, tmp_path, "--env-id", "popgym-PositionOnlyPendulumEasy-v0")
-        assert status == 2 and len(err.splitlines()) == 1 and "ppo_tbb.py" in err
+@pytest.mark.parametrize("script", [dqn_tbb, dqn_sbb])
+def test_dqn_refuses_continuous_actions(script, play):
+    assert_refused(play(script, "--env-id", "popgym-PositionOnlyPendulumEasy-v0"), "DQN takes Discrete")
 
 
-def test_ppo_takes_continuous_actions(capsys, monkeypatch, tmp_path):
-    flags = ["--env-id", "popgym-PositionOnlyPendulumEasy-v0", *SMALL]
-    status, out, _ = run(ppo_tbb, capsys, monkeypatch, tmp_path, *flags)
-    assert status == 0 and FINAL.fullmatch(out.splitlines()[-1])
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line: runs, and what goes on from their checkpoints
+
+
+TASKS = ["popgym-RepeatPreviousEasy-v0", "popgym-AutoencodeEasy-v0", "CartPole-v1"]
+RUNS = [(script, task) for script in helpers.SCRIPTS for task in TASKS]
+RUNS += [(ppo_tbb, "popgym-PositionOnlyPendulumEasy-v0")]
+
+
+@pytest.mark.parametrize("script, env_id", RUNS, ids=lambda x: getattr(x, "__name__", x))
+def test_run_ends_with_the_line_that_programs_read(script, env_id, play, tmp_path):
+    status, out, err = play(script, *flags(script, "--env-id", env_id, "--memory", "lru", "gru"))
+    assert (status, err) == (0, "")
+    path = checkpoint_of(tmp_path)
+    step, _, episodes = final(out)
+    assert step == load(path)["counters"][1] >= 400 and episodes == 20
+    first, *_, checkpoint, _ = out.splitlines()
+    assert f"tensorboard --logdir runs/{path.parent.name}" in first
+    assert f"checkpoint of step {step:,}: runs/{path.parent.name}/checkpoint.pt" in checkpoint
+    # unique: no other process has this id at this second
+    assert re.fullmatch(rf"{env_id}__{script.__name__}__lru_gru__1__\d+_{os.getpid()}", path.parent.name)
+    tags = scalars(tmp_path)
+    assert {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/eval_return"} < {*tags}
+    assert all(events[-1][0] == step for events in tags.values())
+
+
+@each_script
+def test_same_seed_gives_the_same_run(script, play, tmp_path):
+    for folder, more in [("a", []), ("b", []), ("c", ["--seed", 2])]:
+        play(script, *flags(script, *more), folder=folder)
+    a, b, c = (tmp_path / folder for folder in "abc")
+    assert outcome(checkpoint_of(a)) == outcome(checkpoint_of(b)) and scalars(a) == scalars(b)
+    assert outcome(checkpoint_of(a))[0] != outcome(checkpoint_of(c))[0] and scalars(a) != scalars(c)
+
+
+@each_script
+def test_evaluations_do_not_affect_training(script, play, tmp_path):
+    for folder, more in [("often", []), ("once", ["--eval-frequency", 1000, "--eval-episodes", 1])]:
+        play(script, *flags(script, *more), folder=folder)
+    often, once = (outcome(checkpoint_of(tmp_path / folder))[0] for folder in ("often", "once"))
+    assert often == once
+
+
+@each_script
+def test_checkpoint_is_saved_at_each_evaluation_and_at_the_end(script, play, tmp_path, monkeypatch):
+    saved, calls = [], []
+    fsync, replace = os.fsync, os.replace  # the other way round, a power cut could leave an empty file
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
+    note = lambda a, b: (calls.append("replace"), saved.append(load(a)["counters"][1]), replace(a, b))
+    monkeypatch.setattr(os, "replace", note)
+    play(script, *flags(script))
+    tags = scalars(tmp_path)
+    steps = [step for step, _ in tags["charts/SPS"]]
+    due = [b for a, b in zip([0, *steps], steps) if a // 90 < b // 90 or b == steps[-1]]
+    assert saved == [step for step, _ in tags["charts/eval_return"]] == due and len(due) > 3
+    assert calls == ["fsync", "replace"] * len(due)
+    assert {*load(checkpoint_of(tmp_path))} == {"script", "args", "counters", "learners"}
+
+
+@each_script
+def test_environment_arguments_reach_the_environment(script, play, monkeypatch):
+    seen, init = [], Lengths.__init__
+    monkeypatch.setattr(Lengths, "__init__", lambda env, **kwargs: seen.append(kwargs) or init(env, **kwargs))
+    kwargs = "--env-kwargs map_name 8x8 is_slippery False n 3 p 0.5".split()
+    assert play(script, *flags(script, *kwargs))[0] == 0
+    assert all(repr(x) == repr({"map_name": "8x8", "is_slippery": False, "n": 3, "p": 0.5}) for x in seen) and seen
+
+
+@each_script
+@pytest.mark.parametrize("env_id", ["ALE/Breakout-v5", "CartPol-v1", "no_such_module:Env-v0", "CartPole-v99"])
+def test_unknown_environment_is_refused_and_modules_are_mentioned(script, env_id, play, tmp_path):
+    assert_refused(
+        play(script, *flags(script, "--env-id", env_id)), env_id, "module:MyEnv-v0", "CartPole" * ("Pol" in env_id)
+    )
+    assert not [*tmp_path.iterdir()]
+
+
+@each_script
+def test_experiment_name_does_not_leave_runs(script, play, tmp_path):
+    (tmp_path / "a").mkdir()
+    assert play(script, *flags(script, "--exp-name", "../../x"), folder="a/b")[0] == 0
+    assert len(contents(tmp_path)) == 2 and checkpoint_of(tmp_path / "a" / "b")
+
+
+@each_script
+def test_environment_that_never_ends_is_reported_and_a_second_signal_stops_at_once(script, play, monkeypatch, capsys):
+    steps = []
+
+    def trouble(obs, *rest):
+        steps.append(obs)
+        if len(steps) in (last - 10, last):
+            signal.raise_signal(number)
+        return obs, *rest
+
+    monkeypatch.setattr(Lengths, "lengths", [1_000_000])
+    monkeypatch.setattr(Lengths, "trouble", staticmethod(trouble))
+    for number, last in (signal.SIGTERM, 50), (signal.SIGINT, 10_100):
+        steps.clear()
+        with pytest.raises(KeyboardInterrupt):
+            play(script, *flags(script, "--num-envs", 1, "--memory", "none"))
+        assert len(steps) == last
+        assert capsys.readouterr().out.count("--max-episode-steps") == (last > 10_000)
+
+
+@each_script
+def test_finished_run_says_where_it_stands_and_can_be_prolonged(script, play, tmp_path):
+    _, first, _ = play(script, *flags(script))
+    path = checkpoint_of(tmp_path)
+    before = path.read_bytes()
+    status, out, err = play(script, "--resume", path)
+    assert (status, err) == (0, "") and final(out) == final(first) and path.read_bytes() == before
+    assert f"step {final(first)[0]:,} of 400" in out.splitlines()[0]
+    status, out, err = play(script, "--resume", path, "--total-timesteps", 600)
+    assert (status, err) == (0, "") and final(out)[0] >= 600
+    assert checkpoint_of(tmp_path) == path and load(path)["counters"][1] == final(out)[0]
+    for tag, events in scalars(tmp_path).items():
+        steps = [step for step, _ in events]
+        assert steps == sorted(set(steps)), tag
+
+
+@each_script
+def test_copied_checkpoint_is_continued_where_it_lies(script, play, tmp_path):
+    play(script, *flags(script), folder="first")
+    before = contents(tmp_path / "first")
+    for folder, path in [("copy", tmp_path / "copy" / "my.pt"), ("here", "my.pt")]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        shutil.copy(checkpoint_of(tmp_path / "first"), tmp_path / folder / "my.pt")
+        play(script, "--resume", path, "--total-timesteps", 600, folder="here")
+        assert load(tmp_path / folder / "my.pt")["counters"][1] >= 600
+        names = [file.name for file in contents(tmp_path / folder)]
+        assert len(names) == 2 and any(name.startswith("events") for name in names)
+    assert contents(tmp_path / "first") == before
+
+
+@each_script
+def test_evaluate_plays_the_same_episodes_and_writes_nothing(script, play, tmp_path):
+    _, trained, _ = play(script, *flags(script))
+    path, before = checkpoint_of(tmp_path), contents(tmp_path)
+    status, out, err = play(script, "--evaluate", path)
+    assert (status, err) == (0, "") and final(out) == final(trained)
+    status, out, err = play(script, "--evaluate", path, "--seed", 5, "--eval-episodes", 3)
+    mean, std = map(float, re.search(r"mean (\S+), standard deviation (\S+)", out).groups())
+    assert (status, err) == (0, "") and final(out)[1:] == (mean, 3) and mean != final(trained)[1] and std >= 0
+    assert contents(tmp_path) == before
+
+
+@each_script
+@pytest.mark.parametrize("lengths, episodes", [([7], 1), ([7], 3), ([2, 9], 8)], ids=str)
+def test_video_holds_the_first_episode(script, lengths, episodes, play, tmp_path, monkeypatch):
+    # MoviePy, which the scripts do not need otherwise
+    write = lambda frames: lambda path, logger: Path(path).write_text(str(len(frames)))
+    clip = lambda frames, fps: SimpleNamespace(write_videofile=write(frames))
+    for name in ("moviepy", "moviepy.video", "moviepy.video.io", "moviepy.video.io.ImageSequenceClip"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[name].ImageSequenceClip = clip
+    monkeypatch.setattr(Lengths, "lengths", lengths)
+    play(script, *flags(script, "--env-id", "here/Lengths-v0"))
+    evaluate = ["--evaluate", checkpoint_of(tmp_path), "--eval-episodes", episodes, "--capture-video"]
+    assert play(script, *evaluate)[0] == 0
+    (video,) = tmp_path.glob("videos/*.mp4")
+    assert int(video.read_text()) - 1 in lengths
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    assert_refused(play(script, *evaluate), "MoviePy is not installed")
