@@ -127,7 +127,12 @@ def normalised(score):
 
 
 def seeds(runs):
-    return "seeds " + ", ".join(sorted(unique(runs, "seed"), key=int))
+    """Which seeds there are, or how many where it isn't the same for all that is compared."""
+    groups = grouped(runs, "script", "task", "memory", "segment_length", "variant").values()
+    found = {tuple(sorted(unique(group, "seed"), key=int)) for group in groups}
+    if len(found) == 1:
+        return "seeds " + ", ".join(*found)
+    return f"{min(map(len, found))} to {max(map(len, found))} seeds"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,8 +192,8 @@ def text(x):
     return " ".join([number(mean), *[f"[{number(low)}, {number(high)}]"] * bool(low == low), *remark])
 
 
-def write(rows, folder, name, across=""):
-    """Prints rows (dicts) as a Markdown table, and writes it into README.md where there is one.
+def write(rows, runs, folder, name, across=""):
+    """Prints rows (dicts) as a Markdown table with the seeds of its runs, and writes it into README.md if there is one.
 
     across: rows of which only this and `value` differ become one row, with a column for each value of this column.
     """
@@ -200,6 +205,7 @@ def write(rows, folder, name, across=""):
     lines = [columns, ["---"] * len(columns)]
     lines += [[text(row.get(column, "")) for column in columns] for row in wide.values()]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table += f"\n\n{seeds(runs).capitalize()}."
     print(f"\n{name}\n\n{table}\n")
     if (page := folder / "README.md").exists():
         marked = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
@@ -251,12 +257,12 @@ def sample_efficiency(runs, folder):
     axes[0, 0].set_ylabel("normalised return (0: random actions)")
     title = f"Mean over {', '.join(unique(runs, 'task'))}\n{SPREAD}, {seeds(runs)}"
     save(figure, title, folder, "sample_efficiency", axes[0, 0])
-    write(table, folder, "sample_efficiency", across="batches")
+    write(table, runs, folder, "sample_efficiency", across="batches")
     table = [
         {"task": task, "memory": memory, "method": m, "value": over_tasks(SCORES["final return"], some)}
         for (task, memory, m), some in grouped(runs, "task", "memory", "method").items()
     ]
-    write(table, folder, "sample_efficiency_tasks", across="method")
+    write(table, runs, folder, "sample_efficiency_tasks", across="method")
 
 
 def padded(arrays, value):
@@ -300,7 +306,7 @@ def sensitivity(runs, folder):
         title = f"{task}: norm of dQ(s_n, a_n) / do_i by age n - i; dashed line: segment length of SBB\n"
         title += f"heat maps: mean over {seeds(of_task)}; right: {SPREAD}"
         save(figure, title, folder, f"sensitivity_{task}", axes[0, -1])
-    write(table, folder, "sensitivity", across="method")
+    write(table, runs, folder, "sensitivity", across="method")
 
 
 def batch_statistics(task, length):
@@ -346,7 +352,7 @@ def padding(runs, folder):
     title = f"Padding during training: {SPREAD} over memories and {seeds(runs)}"
     title += "\nbelow: how it changes statistics over a batch of observations, from 64 random episodes"
     save(figure, title, folder, "padding", axes[0, 0])
-    write(table, folder, "padding", across="method")
+    write(table, runs, folder, "padding", across="method")
 
 
 def wall_clock(runs, folder):
@@ -360,7 +366,7 @@ def wall_clock(runs, folder):
         | {"final return": over_tasks(SCORES["final return"], some)}
         for (task, method, memory), some in grouped(runs, "task", "method", "memory").items()
     ]
-    write(table, folder, "wall_clock")
+    write(table, runs, folder, "wall_clock")
 
 
 def recall(runs, folder):
@@ -373,7 +379,7 @@ def recall(runs, folder):
         | {"final return": over_tasks(SCORES["final return"], some)}
         for (task, label), some in grouped(runs, "task", "label").items()
     ]
-    write(table, folder, "recall")
+    write(table, runs, folder, "recall")
 
 
 def compare(runs, folder, name, column, title):
@@ -401,7 +407,7 @@ def compare(runs, folder, name, column, title):
     axes[0, 0].set_yticks(range(len(labels)), labels)
     axes[0, 0].invert_yaxis()
     save(figure, f"{title}\n{SPREAD}, {seeds(runs)}", folder, name, axes[0, 0])
-    write(table, folder, name, across="task")
+    write(table, runs, folder, name, across="task")
 
 
 def ablations(runs, folder):
@@ -421,11 +427,11 @@ def defaults(runs, folder):
         | {"final return": over_tasks(SCORES["final return"], some)}
         for (script, task, memory), some in grouped(runs, "script", "task", "memory").items()
     ]
-    write(sorted(table, key=lambda row: row["script"]), folder, "defaults")
+    write(sorted(table, key=lambda row: row["script"]), runs, folder, "defaults")
 
 
 def returns(rows, folder):
-    """From benchmarks/returns.py: milliseconds for a tape of so many episodes."""
+    """From benchmarks/returns.py: milliseconds for a tape of so many episodes. benchmarks/README.md has the tables."""
     *rows, last_line = rows  # which says where it was measured
     whats, lengths, names = (list(dict.fromkeys(row[name] for row in rows)) for name in ("what", "up to", "contestant"))
     figure, axes = panels(len(whats), len(lengths), 3.2, 2.4, sharey="row")
@@ -442,15 +448,6 @@ def returns(rows, folder):
         row[0].set_ylabel("milliseconds")
     title = f"Discounted returns and advantages of a whole tape\n{last_line['what']}"
     save(figure, title, folder, "returns", axes[0, 0])
-    table = [
-        {"what": row["what"], "episodes": f"{int(row['episodes']):,}", "longest": row["up to"]}
-        | {
-            "contestant": row["contestant"],
-            "value": np.format_float_positional(float(row["ms"]), 2, fractional=False, trim="-"),
-        }
-        for row in rows
-    ]
-    write(table, folder, "returns", across="contestant")
 
 
 EXPERIMENTS = [sample_efficiency, sensitivity, padding, wall_clock, returns, recall, ablations, memories, defaults]

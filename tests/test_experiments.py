@@ -1,22 +1,21 @@
-"""The tools of experiments/: what --log-sensitivity measures, the sweep on this machine and on Ray, and the figures."""
+"""experiments/: what the variants of the scripts compute, the sweep on this machine and on Ray, figures and tables."""
 
 import copy
 import csv
+import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from test_dqn import end_to_end, make_args, make_episode, make_networks
-from test_scripts import DQN_SMALL, SMALL, run
+import torch.nn.functional as F
 
-import dqn_sbb
 import dqn_tbb
 from monoids import MEMORIES
 
@@ -35,150 +34,153 @@ def sweep():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How far back the Q values look
+# The variants
+
+
+@pytest.fixture
+def patched(sweep, tmp_path, monkeypatch):
+    """dqn_tbb.py with the patch of a variant, as a module."""
+
+    def load(variant):
+        path = sweep.place(sweep.Run(sweep.TBB, "", variant=variant), ROOT, tmp_path)
+        spec = importlib.util.spec_from_file_location(variant, path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, variant, module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def make_args(module, **kwargs):
+    return module.Args(**{"env_id": "CartPole-v1", "num_envs": 1, "d_model": 8, "buffer_size": 1000, **kwargs})
+
+
+def make_episode(rng, n, name=0):
+    """n transitions; the first feature of every observation is the episode's name."""
+    obs, rows = rng.normal(size=(n + 1, 4)).astype(np.float32), np.arange(n + 1)
+    obs[:, 0] = name
+    action = np.where(rows < n, rng.integers(2, size=n + 1), 0)
+    reward = np.where(rows < n, rng.normal(size=n + 1), 0).astype(np.float32)
+    return dqn_tbb.Rows(obs, action, reward, (rows == n - 1) & bool(name % 2), rows == 0)
+
+
+def make_tape(module, lengths):
+    rng, args = np.random.default_rng(0), make_args(module)
+    tape, episodes = module.Tape(args, module.make_envs(args, 1), "cpu"), []
+    for name, n in enumerate(lengths):
+        episodes.append(make_episode(rng, n, name))
+        tape.add(episodes[-1])
+    return tape, episodes
+
+
+def make_batch(episodes):
+    """The episodes as a batch of dqn_tbb, in float64: rows (R, 1, ...), and those that hold a transition."""
+    rows = dqn_tbb.Rows(*(torch.as_tensor(np.concatenate(x))[:, None] for x in zip(*episodes)))
+    rows = rows._replace(obs=rows.obs.double(), reward=rows.reward.double())
+    return rows, (~torch.cat((rows.start[1:, 0], torch.tensor([True])))).nonzero().squeeze(1)
+
+
+def make_networks():
+    args = make_args(dqn_tbb)
+    envs = dqn_tbb.make_envs(args, 1)
+    torch.manual_seed(1)
+    return args, dqn_tbb.QNetwork(envs, args).double(), dqn_tbb.QNetwork(envs, args).double()
+
+
+def metrics_of(module, batch):
+    args, q_network, target_network = make_networks()
+    return module.update(q_network, target_network, torch.optim.SGD(q_network.parameters(), 0.0), batch, args)
+
+
+def test_a_patch_begins_with_its_reason_and_applies(sweep, tmp_path):
+    (folder := tmp_path / "run").mkdir()
+    shutil.copytree(SWEEP.parent / "variants", tmp_path / "experiments" / "variants")
+    tmp_path.joinpath(sweep.TBB).write_text("another script")
+    text = ROOT.joinpath(sweep.TBB).read_text()
+    for path in (SWEEP.parent / "variants").iterdir():
+        reason, _ = path.read_text().split("\n\n", 1)
+        assert reason[0].isupper() and reason.endswith(".") and "+++" not in reason
+        run = sweep.Run(sweep.TBB, "", variant=path.stem)
+        assert sweep.place(run, ROOT, folder).read_text() != text
+        with pytest.raises(RuntimeError, match=path.name):
+            sweep.place(run, tmp_path, folder)
+    for variant in ("", *sweep.FLAGS):
+        assert sweep.place(sweep.Run(sweep.TBB, "", variant=variant), ROOT, folder).read_text() == text
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_sensitivity_is_what_moving_an_observation_does_to_the_last_decision(memory, monkeypatch):
-    """Central differences in float64, every episode on its own; so nothing may leak between those on the tape."""
-    args = make_args(dqn_tbb, memory=memory, eval_episodes=3)
-    envs = dqn_tbb.make_envs(args, args.eval_episodes)
+def test_sensitivity_is_the_gradient_of_the_last_q_value(memory, patched, monkeypatch):
+    """Against central differences in float64, with every episode on its own: nothing crosses episode boundaries."""
+    module = patched("sensitivity")
+    args = make_args(module, memory=(memory,))
+    envs = module.make_envs(args, 1)
     torch.manual_seed(0)
-    network = dqn_tbb.QNetwork(envs, args)
+    network = module.QNetwork(envs, args)
     torch.nn.init.orthogonal_(network.head[-1].weight, 1.0)
     rng = np.random.default_rng(0)
-    episodes = [make_episode(rng, n, name) for name, n in enumerate((4, 7, 1))]
-    monkeypatch.setattr(dqn_tbb, "collect", lambda *args, **kwargs: episodes)
-    fast = dqn_tbb.sensitivity(envs, network, args)
-    assert all(p.grad is None for p in network.parameters()) and not network.encode_obs._forward_hooks
+    episodes = [make_episode(rng, n) for n in (4, 7, 1)]
+    monkeypatch.setattr(module, "collect", lambda *args: episodes)
+    fast = module.sensitivity(envs, network, args)
+    assert all(p.grad is None for p in network.parameters())
 
     slow, precise = [[] for _ in range(7)], copy.deepcopy(network).double()
     for episode in episodes:
-        n = len(episode.start) - 2
-        rows, _ = end_to_end([episode])
+        rows, t = make_batch([episode])
+        n = int(t[-1])
 
         def last_q(i, feature, by):
-            obs = rows.obs.double()
+            obs = rows.obs.clone()
             obs[i, 0, feature] += by
-            start, state = rows.start, precise.memory.initial_state(1)
             with torch.no_grad():
-                q, _ = precise(obs, rows.action.double().roll(1, 0), start, state)
-            return q[n, 0, int(episode.action[n, 0])].item()
+                q, _ = precise(obs, rows.action.roll(1, 0), rows.start, precise.memory.initial_state(1))
+            return q[n, 0, rows.action[n, 0]].item()
 
         assert last_q(n + 1, 0, 1.0) == last_q(n + 1, 0, 0.0)  # the final observation comes after the decision
         for i in range(n + 1):
             gradient = [(last_q(i, k, 1e-5) - last_q(i, k, -1e-5)) / 2e-5 for k in range(4)]
             slow[n - i].append(np.linalg.norm(gradient))
     np.testing.assert_allclose(fast, [np.mean(x) for x in slow], rtol=2e-3, atol=1e-6)
-    if memory != "none":
-        assert (fast > 0).all()
+    assert memory == "none" or (fast > 0).all()
 
 
-@pytest.mark.parametrize("script", [dqn_tbb, dqn_sbb], ids=lambda script: script.__name__)
-def test_logging_the_sensitivity_leaves_the_run_as_it_is(script, capsys, monkeypatch, tmp_path):
-    weights = []
-    for flags in ([], ["--log-sensitivity"]):
-        folder = tmp_path / f"run{len(weights)}"
-        folder.mkdir()
-        flags = [*SMALL, *DQN_SMALL, "--eval-frequency", 100, *flags]
-        assert run(script, capsys, monkeypatch, folder, *flags)[0] == 0
-        (path,) = folder.glob("runs/*/checkpoint.pt")
-        weights.append(torch.load(path, weights_only=True)["learners"]["q_network"])
-    torch.testing.assert_close(*weights, rtol=0, atol=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The variants
-
-
-@pytest.fixture
-def variant(sweep):
-    def variant(name):
-        module = ModuleType(name)
-        module.__file__ = dqn_tbb.__file__
-        sys.modules[name] = module  # dataclasses look their module up
-        text = sweep.edited(Path(dqn_tbb.__file__).read_text(), name)
-        exec(compile(text, name, "exec"), vars(module))
-        return module
-
-    before = set(sys.modules)
-    yield variant
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
-
-
-def fill(module, lengths, **kwargs):
-    rng = np.random.default_rng(0)
-    tape = module.Tape(make_args(module, buffer_size=1000, **kwargs), dqn_tbb.make_envs(make_args(dqn_tbb), 1), "cpu")
-    episodes = [make_episode(rng, n, name, terminated=bool(name % 2)) for name, n in enumerate(lengths)]
-    for episode in episodes:
-        tape.add(episode)
-    return tape, episodes
-
-
-def loss_of(module, batch, **kwargs):
-    args, q_network, target_network = make_networks(**kwargs)
-    rows = dqn_tbb.Rows(*(x.double() if x.is_floating_point() else x for x in batch[0]))
-    optimizer = torch.optim.SGD(q_network.parameters(), 0.0)
-    return (
-        args,
-        q_network,
-        target_network,
-        module.update(q_network, copy.deepcopy(target_network), optimizer, (rows, *batch[1:]), args),
-    )
-
-
-def test_an_edit_that_no_longer_fits_is_an_error(sweep):
-    text = Path(dqn_tbb.__file__).read_text()
-    for name, edits in sweep.EDITS.items():
-        for old, new in edits:
-            assert old != new
-            for broken in (text.replace(old, ""), text.replace(old, old + old)):
-                with pytest.raises(ValueError, match=name):
-                    sweep.edited(broken, name)
-    assert sweep.edited(text, "burn_in") == sweep.edited(text, "") == text
-
-
-def test_authors_next_value_has_not_seen_the_first_observation(variant):
-    module = variant("authors_next_value")
-    tape, episodes = fill(module, [3, 1, 6])
-    args, q_network, target_network, metrics = loss_of(module, end_to_end(episodes))
+def test_authors_next_value_does_not_see_the_first_observation(patched):
+    _, episodes = make_tape(dqn_tbb, [3, 1, 6])
+    args, q_network, target_network = make_networks()
     losses = []
-    for e in episodes:
-        rows, _ = end_to_end([e])
-        obs, action, n = rows.obs.double(), rows.action.double(), len(e.start) - 1
-        starts = torch.arange(n)[:, None] == 0
+    for episode in episodes:
+        rows, t = make_batch([episode])
+        state = q_network.memory.initial_state(1)
         with torch.no_grad():
-            state = lambda: q_network.memory.initial_state(1)
-            q, _ = q_network(obs, action.roll(1, 0), rows.start, state())
-            after = [network(obs[1:], action[:-1], starts, state())[0] for network in (q_network, target_network)]
-        for t in range(n):
-            value = after[1][t, 0, after[0][t, 0].argmax()] * (not e.terminated[t])
-            target = e.reward[t] + args.gamma * value
-            losses.append(torch.nn.functional.smooth_l1_loss(q[t, 0, int(e.action[t, 0])], target))
-    torch.testing.assert_close(metrics["losses/td_loss"], torch.stack(losses).mean(), rtol=1e-6, atol=1e-9)
-    *_, ours = loss_of(dqn_tbb, end_to_end(episodes))
-    assert abs(ours["losses/td_loss"] - metrics["losses/td_loss"]) > 1e-6
+            q, _ = q_network(rows.obs, rows.action.roll(1, 0), rows.start, state)
+            inputs = (rows.obs[1:], rows.action[:-1], rows.start[:-1], state)
+            best, value = (network(*inputs)[0][:, 0] for network in (q_network, target_network))
+        for i in t:
+            target = rows.reward[i, 0] + args.gamma * value[i, best[i].argmax()] * ~rows.terminated[i, 0]
+            losses.append(F.smooth_l1_loss(q[i, 0, rows.action[i, 0]], target))
+    batch = make_batch(episodes)
+    authors = metrics_of(patched("authors_next_value"), batch)["losses/td_loss"]
+    torch.testing.assert_close(authors, torch.stack(losses).mean(), rtol=1e-6, atol=1e-9)
+    assert abs(metrics_of(dqn_tbb, batch)["losses/td_loss"] - authors) > 1e-6
 
 
-def test_cut_last_episode_gives_exactly_the_batch(variant):
-    module = variant("cut_last_episode")
-    tape, _ = fill(module, [30, 17, 5])
-    for _ in range(10):
-        cut, whole = (Tape.sample(tape, 40, np.random.default_rng(1)) for Tape in (module.Tape, dqn_tbb.Tape))
-        assert len(cut[1]) == 40
-        torch.testing.assert_close(cut[1], whole[1][:40])
+def test_cut_last_episode_gives_batches_of_exactly_batch_size(patched):
+    tape, _ = make_tape(module := patched("cut_last_episode"), [30, 17, 5])
+    for seed in range(10):
+        (_, cut), (_, whole) = (
+            Tape.sample(tape, 40, np.random.default_rng(seed)) for Tape in (module.Tape, dqn_tbb.Tape)
+        )
+        assert len(cut) == 40
+        torch.testing.assert_close(cut, whole[:40])
 
 
-def test_prioritised_draws_and_weighs_by_the_error_of_an_episode(variant):
-    module = variant("prioritised")
-    tape, episodes = fill(module, [4] * 5)
+def test_prioritised_samples_and_weights_by_the_error_of_an_episode(patched):
+    tape, episodes = make_tape(patched("prioritised"), [4] * 5)
     assert tape.priority == [1.0] * 5
-    rng, seen = np.random.default_rng(0), set()
-    while len(seen) < 5:  # each gets an error of its own, the same in all of its transitions but one
-        rows, t, weight = tape.sample(1, rng, 0.4)
+    rng = np.random.default_rng(0)
+    while len(set(tape.priority)) < 5:  # every episode gets an error of its own
+        tape.sample(1, rng, 0.4)
         (name,) = tape.drawn
-        seen.add(name)
         tape.prioritise(torch.tensor([0.5, 1.0, 1.5, 1.0])[:, None] * (1 + name))
     assert tape.priority == pytest.approx([1, 2, 3, 4, 5])
     p = np.arange(1, 6) ** 0.6 / sum(np.arange(1, 6) ** 0.6)
@@ -186,27 +188,21 @@ def test_prioritised_draws_and_weighs_by_the_error_of_an_episode(variant):
     for _ in range(300):
         rows, t, weight = tape.sample(80, rng, 1.0)
         names = rows.obs[t, 0, 0].long().numpy()
-        expected = 1 / (5 * p[names])
-        np.testing.assert_allclose(weight[:, 0], expected / expected.max(), rtol=1e-5)
+        np.testing.assert_allclose(weight[:, 0], 1 / p[names] / (1 / p[names]).max(), rtol=1e-5)
         draws += np.bincount(names, minlength=5) / len(names) / 300
     np.testing.assert_allclose(draws, p, atol=0.02)
     tape.add(episodes[0])
     assert tape.priority[-1] == pytest.approx(5)
 
 
-def test_prioritised_loss_is_weighted_and_reports_its_errors(variant):
-    module = variant("prioritised")
-    _, episodes = fill(module, [3, 1, 6])
-    rows, t = end_to_end(episodes)
-    ones = torch.ones(len(t), 1)
-    *_, plain = loss_of(dqn_tbb, (rows, t))
-    *_, same = loss_of(module, (rows, t, ones))
-    torch.testing.assert_close(same["losses/td_loss"], plain["losses/td_loss"])
-    only = ones * (torch.arange(len(t)) == 4)[:, None]
-    *_, one = loss_of(module, (rows, t, only))
-    error = same["error"][4, 0]
-    huber = torch.where(error < 1, error**2 / 2, error - 0.5)
-    torch.testing.assert_close(one["losses/td_loss"], huber / len(t))
+def test_prioritised_loss_is_weighted(patched):
+    module, (_, episodes) = patched("prioritised"), make_tape(dqn_tbb, [3, 1, 6])
+    rows, t = make_batch(episodes)
+    weight = torch.rand(len(t), 1)
+    weighted = metrics_of(module, (rows, t, weight))
+    losses = F.smooth_l1_loss(weighted["error"], torch.zeros(len(t), 1).double(), reduction="none")
+    torch.testing.assert_close(weighted["losses/td_loss"], (losses * weight).mean())
+    torch.testing.assert_close(metrics_of(dqn_tbb, (rows, t))["losses/td_loss"], losses.mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,10 +214,12 @@ def start(folder, *flags, **kwargs):
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
 
 
-def rows_of(path):
+def rows_of(path, *without):
     """A CSV without what differs from run to run."""
     with open(path) as file:
-        return [{name: x for name, x in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+        return [
+            {name: x for name, x in row.items() if name not in ("seconds", *without)} for row in csv.DictReader(file)
+        ]
 
 
 def by_run(path):
@@ -243,43 +241,55 @@ def smoke(sweep, tmp_path_factory):
 
 
 def test_every_experiment_gives_its_rows(sweep, smoke):
+    variants = set()
     for name in sweep.EXPERIMENTS:
         rows, runs = rows_of(smoke / f"{name}.csv"), sweep.runs_of(name, [1], smoke=True)
         assert {row["run"] for row in rows} == {run.key for run in runs} and len(runs) > 1
-        for each in runs:
-            own = [row for row in rows if row["run"] == each.key]
+        for run in runs:
+            variants.add(run.variant)
+            own = [row for row in rows if row["run"] == run.key]
             steps = [int(row["step"]) for row in own]
-            assert steps == sorted(set(steps)) and len(steps) > 1 and steps[-1] >= each.total_timesteps
+            assert steps == sorted(set(steps)) and len(steps) > 1 and steps[-1] >= run.total_timesteps
             assert all(-1 <= float(row["eval_return"]) <= 1 for row in own) and own[-1]["episodic_return"]
-            if each.script != sweep.PPO:
-                assert (
-                    own[-1]["td_loss"]
-                    and own[-1]["q_values"]
-                    and bool(own[-1]["padding"]) == (each.script == sweep.SBB)
-                )
-            sensitivities = [row["sensitivity"].split(" ") for row in own]
-            if name == "sensitivity":
-                assert {len(x) > 50 for x in sensitivities} == {True} and min(map(float, sensitivities[-1])) > 0
-            else:
-                assert {len(x) for x in sensitivities} == {1}
-    # a variant is another run
-    finals = {row["run"]: row["td_loss"] for row in rows_of(smoke / "ablations.csv")}
-    assert len(finals) == len(set(finals.values())) >= len(sweep.EDITS) + len(sweep.FLAGS)
+            assert bool(own[-1]["td_loss"]) == bool(own[-1]["q_values"]) == (run.script in (sweep.TBB, sweep.SBB))
+            assert bool(own[-1]["padding"]) == (run.script == sweep.SBB)
+            ages = {len(row["sensitivity"].split()) for row in own}
+            assert min(ages) > 50 if run.variant == "sensitivity" else ages == {0}
+    # every patch was played, and a variant is another run
+    assert variants == {"", *sweep.FLAGS, *(path.stem for path in (SWEEP.parent / "variants").glob("*.patch"))}
+    columns = ["td_loss", "q_values", "eval_return"]
+    finals = {row["run"]: tuple(row[name] for name in columns) for row in rows_of(smoke / "ablations.csv")}
+    assert len(finals) == len(set(finals.values())) == 7
+
+
+def test_sensitivity_leaves_the_run_as_it_is(smoke):
+    without = ("run", "variant", "sensitivity")
+    runs = [rows_of(smoke / f"{name}.csv", *without) for name in ("sensitivity", "wall_clock")]
+    plain, measured = ({(row["script"], row["step"]): row for row in rows} for rows in runs)
+    assert plain == measured
 
 
 def test_every_experiment_gives_its_figures_and_tables(sweep, smoke):
-    plot = subprocess.run(
-        [sys.executable, SWEEP.with_name("plot.py"), "--results", smoke], check=True, capture_output=True, text=True
-    )
-    names = ["sample_efficiency", "sample_efficiency_curves", "padding", "wall_clock", "recall", "ablations"]
-    names += {f"sensitivity_{each.task}" for each in sweep.runs_of("sensitivity", [1], smoke=True)}
-    names += ["returns"] * (ROOT / "benchmarks" / "returns.csv").exists()
-    assert {path.stem for path in (smoke.parent / "figures").iterdir()} == set(names)
-    for path in smoke.glob("*_summary.csv"):
-        assert len(path.read_text().splitlines()) > 1 and str(path) in plot.stdout
+    page = Path(shutil.copy(SWEEP.with_name("README.md"), smoke.parent))
+    subprocess.run([sys.executable, SWEEP.with_name("plot.py"), "--results", smoke], check=True, capture_output=True)
+    names = {"sample_efficiency", "sample_efficiency_curves", "padding", "wall_clock", "returns", "recall"}
+    names |= {
+        "ablations",
+        "memories",
+        *(f"sensitivity_{run.task}" for run in sweep.runs_of("sensitivity", [1], smoke=True)),
+    }
+    assert {path.stem for path in (smoke.parent / "figures").iterdir()} == names
+    tables = [x.split("<!-- end -->")[0] for x in page.read_text().split("<!-- table: ")[1:]]
+    assert len(tables) == 9 and all(table.count("\n|") > 2 for table in tables)
 
 
-def test_a_killed_sweep_goes_on_where_it_was(smoke, tmp_path):
+def test_memory_of_several_names_is_a_stack(sweep):
+    command = sweep.command(sweep.Run(sweep.TBB, "RepeatPreviousEasy", "lru mingru"))
+    at = command.index("--memory")
+    assert command[at : at + 3] == ["--memory", "lru", "mingru"]
+
+
+def test_a_killed_sweep_resumes(smoke, tmp_path):
     path = tmp_path / "sensitivity.csv"
     with start(tmp_path, "sensitivity", "--jobs", "1") as life:
         while not (path.exists() and path.read_text().endswith("\n")):
@@ -305,7 +315,7 @@ def test_a_killed_sweep_goes_on_where_it_was(smoke, tmp_path):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)])
-def test_ctrl_c_kills_what_runs(number, status, sweep, tmp_path):
+def test_a_signal_ends_the_sweep_and_its_runs(number, status, sweep, tmp_path):
     with start(tmp_path, "sensitivity", "--jobs", "2", stderr=subprocess.PIPE) as life:
         while len(played_by(life.pid)) < 2:
             assert life.poll() is None
@@ -325,9 +335,9 @@ def test_ctrl_c_kills_what_runs(number, status, sweep, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_run_is_told_and_stops_nothing(sweep, tmp_path, monkeypatch, capsys):
+def test_a_failed_run_is_reported_and_stops_nothing(sweep, tmp_path, monkeypatch):
     tasks = {"RepeatPreviusEasy": 600, "RepeatPreviousEasy": 600}
-    table = {"both": [dict(script=[sweep.TBB], task=tasks, memory=["lru"], flags=[*sweep.SMOKE_DQN.split()])]}
+    table = {"both": [dict(script=[sweep.TBB], task=tasks, memory=["lru"], flags=sweep.SMOKE_MORE[sweep.TBB])]}
     monkeypatch.setattr(sweep, "EXPERIMENTS", table)
     monkeypatch.setattr(sys, "argv", ["sweep.py", "both", "--seeds", "1", "--results", str(tmp_path)])
     handler = signal.getsignal(signal.SIGTERM)
