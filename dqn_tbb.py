@@ -137,7 +137,7 @@ def make_envs(args, num_envs, video=False):
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     except (gym.error.Error, ImportError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
         hint = "an id may name its module, module:MyEnv-v0; an ObservationWrapper can make a Box of any observation"
-        fail(f"--env-id {args.env_id}: {error} ({hint})")
+        fail(f"--env-id {args.env_id}: {str(error) or 'unknown observation space'} ({hint})")
 
 
 class Rows(NamedTuple):
