@@ -6,13 +6,13 @@ monoid* ("Revisiting Recurrent Reinforcement Learning with Memory Monoids", Mora
 memory model written as
 
     lift f: O -> H          maps one observation to an element of the monoid
-    scan of • over time     combines the elements of all observations up to now: the state
+    scan of • over time     combines all elements up to now: the state
     readout g: H x O -> S   maps the state and the observation to the output
 
-Any monoid can be made *resettable*, so that one scan runs over many concatenated episodes and nothing passes between
-them. Discounted returns and advantages are scans of the same kind, backwards in time.
+Any monoid can be made *resettable*: one scan then runs over many concatenated episodes, and no information passes
+between them. Discounted returns and advantages are scans of the same kind, backwards in time.
 
-Time is dimension 0 everywhere, as in `torch.nn.GRU`. Shapes: T rows (time steps), B parallel sequences, D features.
+Time is dimension 0, as in `torch.nn.GRU`. Shapes: T rows (time steps), B parallel sequences, D features.
 """
 
 import cmath
@@ -24,6 +24,7 @@ import os
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,13 +50,11 @@ class Monoid:
 class Affine(Monoid):
     """The maps h -> a h + b under composition; elements (a, b), two tensors of the same shape.
 
-    (a, b) • (a', b') = (a a', a' b + b'), with identity (1, 0). The second half of the scan is h_t = a_t h_{t-1} + b_t
-    from h_{-1} = 0; `linear_recurrence` computes it faster.
+    (a, b) • (a', b') = (a a', a' b + b'), e = (1, 0). The scan's second half is h_t = a_t h_{t-1} + b_t, h_{-1} = 0.
     """
 
     def identity(self, like):
-        a, b = like
-        return torch.ones_like(a), torch.zeros_like(b)
+        return torch.ones_like(like[0]), torch.zeros_like(like[1])
 
     def op(self, left, right):
         (a, b), (a2, b2) = left, right
@@ -68,17 +67,15 @@ class resettable(Monoid):  # in lower case: it is used as a function from monoid
         (A, b) o (A', b') = (A • A', b or b')  where b' = 0
                             (e • A', 1)        where b' = 1
 
-    Elements are (elements of `monoid`, start). start (T,) or (T, B) has the leading dimensions of the elements. It is
-    bool; in other dtypes, nonzero is True. In a scan, a row whose start is True depends on no earlier row, and no
-    gradient passes back across it, not even a NaN.
+    Elements are (elements of `monoid`, start): start is bool (in other dtypes, nonzero is True), (T,) or (T, B), the
+    leading dimensions of the elements. In a scan, no value and no gradient crosses a start, not even NaN.
     """
 
     def __init__(self, monoid):
         self.monoid = monoid
 
     def identity(self, like):
-        elements, start = like
-        return self.monoid.identity(elements), torch.zeros_like(start)
+        return self.monoid.identity(like[0]), torch.zeros_like(like[1])
 
     def op(self, left, right):
         (A, b), (A2, b2) = left, right
@@ -98,41 +95,36 @@ def tree_map(f, *trees):
     return f(*trees)
 
 
-def _length(elements):
-    return _length(elements[0]) if isinstance(elements, tuple) else elements.shape[0]
-
-
 def scan(monoid, elements, reverse=False):
     """All prefixes of •: result_t = x_0 • x_1 • ... • x_t.
 
-    elements: a tensor or a (nested) tuple of tensors, (T, ...) each, T >= 1. The result has the same structure and
-    shapes. reverse: result_t = x_{T-1} • ... • x_{t+1} • x_t instead (flip, scan, flip). Differentiable by autograd.
-    Raises ValueError if T is 0.
+    elements: a tensor or a (nested) tuple of tensors, (T, ...) each; ValueError if T is 0. The result has the same
+    structure and shapes. reverse: result_t = x_{T-1} • ... • x_{t+1} • x_t instead (flip, scan, flip).
 
-    Adjacent pairs are combined and the pairs are scanned by recursion, which gives the prefixes that end on odd rows;
-    one more operation gives those that end on even rows: fewer than 2T operations, in 2 log2(T) steps (Blelloch 1990,
-    "Prefix sums and their applications"; jax.lax.associative_scan does the same).
+    A scan of adjacent pairs gives the prefixes that end on odd rows; one more operation gives those that end on even
+    rows: fewer than 2T operations, in 2 log2(T) steps (Blelloch 1990, "Prefix sums and their applications").
     """
     if reverse:
         flip = lambda x: x.flip(0)
         return tree_map(flip, scan(monoid, tree_map(flip, elements)))
-    T = _length(elements)
+    first = elements
+    while isinstance(first, tuple):
+        first = first[0]
+    T = len(first)
     if T < 1:
         raise ValueError("scan: a sequence of at least one row is needed, got none")
     if T == 1:
         return elements
-    rows = lambda *index: tree_map(lambda x: x[slice(*index)], elements)
-    odd = scan(monoid, monoid.op(rows(0, T - 1, 2), rows(1, T, 2)))  # rows 1, 3, 5, ...
-    even = rows(0, 1)  # rows 0, 2, 4, ...
-    if T > 2:
-        before = tree_map(lambda x: x[: (T - 1) // 2], odd)
-        even = tree_map(lambda *x: torch.cat(x), even, monoid.op(before, rows(2, T, 2)))
-    return tree_map(_interleave, even, odd)
+    rows = lambda x, *index: tree_map(lambda x: x[slice(*index)], x)
+    odd = scan(monoid, monoid.op(rows(elements, 0, T - 1, 2), rows(elements, 1, T, 2)))  # rows 1, 3, 5, ...
+    later = monoid.op(rows(odd, (T - 1) // 2), rows(elements, 2, T, 2))  # rows 2, 4, 6, ...
+    even = tree_map(lambda *x: torch.cat(x), rows(elements, 0, 1), later)
 
+    def interleave(even, odd):
+        pairs = torch.stack((even[: len(odd)], odd), 1).flatten(0, 1)
+        return torch.cat((pairs, even[len(odd) :]))  # if T is odd, there is one more even row
 
-def _interleave(even, odd):
-    pairs = torch.stack((even[: len(odd)], odd), 1).flatten(0, 1)
-    return torch.cat((pairs, even[len(odd) :]))  # an odd T has one even row more
+    return tree_map(interleave, even, odd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,17 +136,17 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
 
     x:       (T, ...), T >= 1, real or complex
     decay:   broadcasts to x, as in (D,), (T, 1, D) or (T, B, D)
-    initial: h before the first row (after the last row if reverse), broadcasts to (...); None: zero
+    initial: h before the first row (after the last row if reverse), broadcasts to (...). None: zero
     reverse: h_t = decay_t h_{t+1} + x_t instead
-    start:   bool (in other dtypes, nonzero is True), (T,) or (T, B): its dimensions are the leading ones of x. Where it
-             is True, h_t = x_t, whatever came before, NaN included. None: no resets
-    Returns h (T, ...), in the dtype to which decay, x and initial promote. Raises ValueError if T is 0, RuntimeError if
-    the shapes do not broadcast.
+    start:   bool (in other dtypes, nonzero is True), (T,) or (T, B): the leading dimensions of x. h_t = x_t where it is
+             True: not even NaN passes from the state before. None: no resets
+    Returns h (T, ...), in the dtype to which decay, x and initial promote. ValueError if T is 0, RuntimeError if shapes
+    do not broadcast.
 
-    Equals the second half of `scan(Affine(), (decay, x))` as long as products of decays are finite, as they are for
-    |decay| <= 1. The backward pass is the same recurrence, reversed:
+    Equals the second half of `scan(Affine(), (decay, x))` while products of decays are finite, as for |decay| <= 1. The
+    backward pass is the same recurrence, reversed, and saves only decay and h, so memory is O(T):
         dL/dx_t = dL/dh_t + conj(decay_{t+1}) dL/dx_{t+1}        dL/ddecay_t = dL/dx_t conj(h_{t-1})
-    It needs only decay and h, so memory is O(T). It can be differentiated again.
+    Works with higher derivatives and with torch.func's grad and vmap, not with forward-mode derivatives (jvp).
     """
     if len(x) < 1:
         raise ValueError("linear_recurrence: a sequence of at least one row is needed, got none")
@@ -167,14 +159,13 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
 
 class _LinearRecurrence(torch.autograd.Function):
     @classmethod
-    def run(cls, *inputs):  # `apply` takes longer than one row of the recurrence: without gradients it is left out
-        transformed = torch._C._are_functorch_transforms_active()  # vmap, grad, ... of torch.func
+    def run(cls, *inputs):  # without `apply` where nothing needs it: it takes longer than the recurrence of one row
+        transformed = torch._C._are_functorch_transforms_active()  # torch.func
         return cls.apply(*inputs) if torch.is_grad_enabled() or transformed else cls.forward(*inputs)
 
     @staticmethod
     def forward(decay, x, initial, start, reverse):
-        recur = _recur_op if torch.compiler.is_compiling() else _recur
-        return recur(decay, x, initial, start, reverse)
+        return (_recur_op if torch.compiler.is_compiling() else _recur)(decay, x, initial, start, reverse)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -185,36 +176,25 @@ class _LinearRecurrence(torch.autograd.Function):
     def backward(ctx, grad):
         decay, initial, start, h = ctx.saved_tensors
         first, shift = (-1, 1) if ctx.reverse else (0, -1)
-        zero = torch.zeros_like(initial)
-        start_after = None if start is None else start.roll(shift, 0)
-        decay_after = decay.roll(shift, 0).conj().resolve_conj()
-        grad_x = _LinearRecurrence.run(decay_after, grad, zero, start_after, not ctx.reverse)
-        grad_decay = grad_initial = None
+        next_start = None if start is None else start.roll(shift, 0)
+        next_decay = decay.roll(shift, 0).conj().resolve_conj()
+        grad_x = _LinearRecurrence.run(next_decay, grad, torch.zeros_like(initial), next_start, not ctx.reverse)
+        grad_initial, grad_decay = grad_x[first] * decay[first].conj(), None
+        if start is not None:
+            grad_initial = torch.where(_expand(start, h)[first], 0, grad_initial)
         if ctx.needs_input_grad[0]:
-            before = _shift(h, initial, ctx.reverse)  # h_{t-1}
+            previous = torch.cat((h[1:], initial[None]) if ctx.reverse else (initial[None], h[:-1]))  # h_{t-1}
             if start is not None:
-                before.masked_fill_(_expand(start, h), 0)
-            grad_decay = before.conj().resolve_conj().mul_(grad_x).sum_to_size(decay.shape)
-        if ctx.needs_input_grad[2]:
-            grad_initial = grad_x[first] * decay[first].conj()
-            if start is not None:
-                grad_initial = torch.where(_expand(start, h)[first], 0, grad_initial)
+                previous.masked_fill_(_expand(start, h), 0)
+            grad_decay = (previous.conj() * grad_x).sum_to_size(decay.shape)
         return grad_decay, grad_x, grad_initial, None, None
 
     @staticmethod
-    def vmap(info, in_dims, decay, x, initial, start, reverse):
-        V = info.batch_size
-        insert = lambda y, dim, to: y if y is None else y.unsqueeze(to) if dim is None else y.movedim(dim, to)
-        dims = in_dims[0], in_dims[1], in_dims[3]
-        decay, x, start = (insert(y, dim, 1) for y, dim in zip((decay, x, start), dims))  # (T, V, ...)
-        initial = insert(initial, in_dims[2], 0)  # (V, ...)
-        x, initial = x.expand(-1, V, *x.shape[2:]), initial.expand(V, *initial.shape[1:])
-        return _LinearRecurrence.run(decay, x, initial, start, reverse), 1
-
-
-def _shift(h, initial, reverse):
-    """The state before each row: h_{t-1}, or h_{t+1} if reverse. h (T, ...), initial (...) -> (T, ...)"""
-    return torch.cat((h[1:], initial[None]) if reverse else (initial[None], h[:-1]))
+    def vmap(info, in_dims, decay, x, initial, start, reverse):  # the mapped dimension comes after time: x (T, V, ...)
+        move = lambda y, dim, to: y if y is None else y.unsqueeze(to) if dim is None else y.movedim(dim, to)
+        decay, x, initial, start = map(move, (decay, x, initial, start), in_dims, (1, 1, 0, 1))
+        x = x.expand(-1, info.batch_size, *x.shape[2:])
+        return _LinearRecurrence.run(decay, x, initial.expand(x.shape[1:]), start, reverse), 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,11 +226,10 @@ def gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
         delta_t = r_t + gamma * (1 - terminated_t) * next_value_t - value_t
         A_t = delta_t + gamma * lmbda * (1 - done_t) * A_{t+1}
 
-    gamma, lmbda: floats or tensors that broadcast. value, next_value, reward (T, ...) float: next_value is the value of
-    the state that follows row t, final observations included; it is not read where terminated. done (T, ...) bool: the
-    episode ended here, terminated or truncated, and nothing accumulates across it. terminated (T, ...) bool: it ended
-    in a terminal state, no bootstrapping; None: wherever done. The last row bootstraps from next_value unless
-    terminated. Returns A (T, ...); returns-to-go are A + value.
+    gamma, lmbda: floats or tensors that broadcast; value, next_value, reward (T, ...) float: next_value is the value of
+    the state that follows row t, read only where not terminated; done (T, ...) bool: the episode ended here, terminated
+    or truncated; terminated (T, ...) bool: it ended in a terminal state (None: wherever done). The last row bootstraps
+    from next_value unless terminated. Returns A (T, ...); returns-to-go are A + value.
     """
     terminated = done if terminated is None else terminated
     delta = reward + gamma * torch.where(terminated.bool(), 0, next_value) - value
@@ -262,11 +241,12 @@ def gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
 
 
 class Cell(nn.Module):
-    """What one layer of a memory remembers. Subclasses say how one row is lifted and how the state is read.
+    """A memory model. Subclasses define how a row is lifted and how the state is read.
 
     lift(x):       x (T, B, D) -> (decay, b), elements of `Affine`: b (T, B, ...), decay broadcasts to it
     readout(h, x): h (T, B, ...), x (T, B, D) -> y (T, B, D)
-    state_shape:   the dimensions of the state, `...` above; is_complex: whether it is complex
+    state_shape:   the dimensions of the state, `...` above
+    is_complex:    whether the state is complex: not in half precision, PyTorch has no complex bfloat16
     """
 
     is_complex = False
@@ -278,23 +258,9 @@ class Cell(nn.Module):
 
     def forward(self, x, state, start):
         decay, b = self.lift(x)
-        state = torch.where(start[0].reshape(-1, *(1,) * (state.ndim - 1)), 0, state)  # whatever it is, NaN included
+        state = torch.where(_expand(start[0], state), 0, state)
         h = linear_recurrence(decay, b, state, start=start)
         return self.readout(h, x), h[-1]
-
-
-# A complex matrix is a real parameter with a dimension of 2, so that optimizers and .to(dtype) just work. It lies as
-# one real multiplication needs it: B (N, 2, D) holds Re B_n, Im B_n; C (D, N, 2) holds Re C_dn, -Im C_dn.
-
-
-def _lift(x, B):
-    """B x for real x (..., D) -> complex (..., N)."""
-    return torch.view_as_complex(F.linear(x, B.flatten(0, 1)).unflatten(-1, (-1, 2)))
-
-
-def _read(h, C):
-    """Re(C h) for complex h (..., N) -> real (..., D)."""
-    return F.linear(torch.view_as_real(h).flatten(-2), C.flatten(1))
 
 
 class LRUCell(Cell):
@@ -303,29 +269,28 @@ class LRUCell(Cell):
         h_t = lambda h_{t-1} + exp(gamma_log) B x_t        y_t = Re(C h_t) + D x_t            (their eq. 1 and 7)
         lambda = exp(-exp(nu_log) + i exp(theta_log)),     so that |lambda| < 1               (stable)
 
-    At the start lambda is uniform on the ring r_min <= |lambda| <= r_max (Lemma 3.2), gamma = sqrt(1 - |lambda|^2)
-    keeps the state's variance that of its input, and B and C are Glorot-initialised.
+    At initialisation lambda is uniform on the ring r_min <= |lambda| <= r_max (Lemma 3.2), gamma = sqrt(1 - |lambda|^2)
+    gives the state the variance of its input, and B and C are Glorot-initialised.
     """
-
-    is_complex = True
 
     def __init__(self, d_model, d_state=128, r_min=0.9, r_max=0.999, max_phase=2 * math.pi):
         super().__init__()
-        self.state_shape = (d_state,)
+        self.state_shape, self.is_complex = (d_state,), True
         squared = torch.rand(d_state) * (r_max**2 - r_min**2) + r_min**2  # |lambda|^2
         self.nu_log = nn.Parameter(torch.log(-0.5 * torch.log(squared)))
         self.theta_log = nn.Parameter(torch.log(max_phase * torch.rand(d_state)))
         self.gamma_log = nn.Parameter(0.5 * torch.log(1 - squared))
-        self.B = nn.Parameter(torch.randn(d_state, 2, d_model) * (2 * d_model) ** -0.5)
-        self.C = nn.Parameter(torch.randn(d_model, d_state, 2) * d_state**-0.5)
+        self.B = nn.Parameter(torch.randn(d_state, 2, d_model) * (2 * d_model) ** -0.5)  # (Re B, Im B)
+        self.C = nn.Parameter(torch.randn(d_model, d_state, 2) * d_state**-0.5)  # (Re C, -Im C)
         self.D = nn.Parameter(torch.randn(d_model))
 
     def lift(self, x):
         decay = torch.exp(torch.complex(-torch.exp(self.nu_log), torch.exp(self.theta_log)))
-        return decay, _lift(x, torch.exp(self.gamma_log)[:, None, None] * self.B)
+        B = torch.exp(self.gamma_log)[:, None, None] * self.B
+        return decay, torch.view_as_complex(F.linear(x, B.flatten(0, 1)).unflatten(-1, (-1, 2)))  # (N,), (T, B, N)
 
-    def readout(self, h, x):
-        return torch.addcmul(_read(h, self.C), self.D, x)
+    def readout(self, h, x):  # Re(C h) as one real product
+        return torch.addcmul(F.linear(torch.view_as_real(h).flatten(-2), self.C.flatten(1)), self.D, x)
 
 
 class S5Cell(Cell):
@@ -334,20 +299,17 @@ class S5Cell(Cell):
         h_t = exp(Lambda Delta) h_{t-1} + Lambda^-1 (exp(Lambda Delta) - 1) B x_t    (zero-order hold, their eq. 6)
         y_t = 2 Re(C h_t) + D x_t                                       (one of each conjugate pair is kept)
 
-    At the start Lambda holds the eigenvalues of `blocks` HiPPO-N matrices on the diagonal, B and C are rotated into
-    their eigenvectors V (B~ = V* B, C~ = C V), and the time steps Delta, one a state, are log-uniform in [dt_min,
-    dt_max]. The real part of Lambda is kept negative as -exp(.), so that the state can't grow on long tapes (Goel et
-    al. 2022).
+    At initialisation Lambda holds the eigenvalues of `blocks` HiPPO-N matrices, B and C are rotated into their
+    eigenvectors V (B~ = V* B, C~ = C V), and the time steps Delta, one for each state, are log-uniform in [dt_min,
+    dt_max]. Re Lambda = -exp(.) < 0 keeps the state stable on long tapes (Goel et al. 2022).
     """
-
-    is_complex = True
 
     def __init__(self, d_model, d_state=128, blocks=8, dt_min=0.001, dt_max=0.1):
         super().__init__()
         if d_state % blocks:
             raise ValueError(f"S5: d_state ({d_state}) must be a multiple of blocks ({blocks})")
-        self.state_shape = (d_state,)
-        n = 2 * d_state // blocks  # the size of one HiPPO matrix; half of its eigenvalues are kept
+        self.state_shape, self.is_complex = (d_state,), True
+        n = 2 * d_state // blocks  # the size of one HiPPO matrix; one eigenvalue of each conjugate pair is kept
         p = torch.sqrt(torch.arange(n, dtype=torch.float64) + 0.5)
         skew = torch.tril(-2 * torch.outer(p, p), -1)
         skew = (skew - skew.T) / 2  # HiPPO-N = -1/2 I + skew: the normal part of HiPPO-LegS
@@ -363,15 +325,14 @@ class S5Cell(Cell):
         self.D = nn.Parameter(torch.randn(d_model))
 
     def lift(self, x):
-        Lambda = torch.complex(-torch.exp(self.log_real), self.imag)
-        dt = torch.exp(self.log_dt)
+        Lambda, dt = torch.complex(-torch.exp(self.log_real), self.imag), torch.exp(self.log_dt)
         decay = torch.exp(Lambda * dt)
-        held = torch.expm1(Lambda * dt) / Lambda  # what a row's input amounts to, held for dt
-        B = held[:, None] * torch.complex(*self.B.unbind(1))
-        return decay, _lift(x, torch.view_as_real(B).transpose(1, 2))
+        B = torch.view_as_real((torch.expm1(Lambda * dt) / Lambda)[:, None] * torch.complex(*self.B.unbind(1)))
+        b = F.linear(x, B.transpose(1, 2).flatten(0, 1)).unflatten(-1, (-1, 2))
+        return decay, torch.view_as_complex(b)  # (N,), (T, B, N)
 
     def readout(self, h, x):
-        return torch.addcmul(_read(h, 2 * self.C), self.D, x)
+        return torch.addcmul(F.linear(torch.view_as_real(h).flatten(-2), (2 * self.C).flatten(1)), self.D, x)
 
 
 class FFMCell(Cell):
@@ -382,18 +343,15 @@ class FFMCell(Cell):
         gamma_jk = exp(-|alpha_j|) exp(i omega_k)
         z_t  = l3(Re S_t, Im S_t)
 
-    At the start exp(-|alpha|) spans what halves at every row to what has faded to beta = 1% after t_e = `horizon` rows,
-    and omega the periods from 1 to t_e. Theirs were 32 traces, 4 frequencies and t_e = 1024, that is one period of a
-    row, which is none, and the next of 342; as many states tell recent rows apart much sooner as they are set here. The
-    paper's last step, normalise, gate and skip, is what every memory here gets around it.
+    At initialisation exp(-|alpha|) ranges from 1/2 to beta^(1 / horizon), which leaves beta = 1% after `horizon` rows;
+    the periods 2 pi / omega range from 1 row to `horizon`. With the paper's 4 periods (1, 342, 683 and 1,024 rows)
+    recent rows are harder to tell apart. Its last step (normalise, gate, skip) is the residual block of `Memory`.
     """
-
-    is_complex = True
 
     def __init__(self, d_model, num_traces=4, num_frequencies=32, horizon=64, beta=0.01):
         super().__init__()
-        self.state_shape = (num_traces, num_frequencies)
-        fastest = math.log(torch.finfo(torch.float64).max) / 1024  # they need exp(1024 alpha) finite
+        self.state_shape, self.is_complex = (num_traces, num_frequencies), True
+        fastest = math.log(torch.finfo(torch.float64).max) / 1024  # theirs: exp(1024 alpha) must be finite
         self.alpha = nn.Parameter(torch.linspace(fastest, -math.log(beta) / horizon, num_traces))
         self.omega = nn.Parameter(2 * math.pi / torch.linspace(1, horizon, num_frequencies))
         self.input = nn.Linear(d_model, 2 * num_traces)
@@ -410,23 +368,19 @@ class FFMCell(Cell):
 class LinearTransformerCell(Cell):
     """Linear transformer (Katharopoulos et al. 2020, arXiv 2006.16236, section 3.3), of `num_heads` heads.
 
-        S_t = S_{t-1} + R_t phi(k_t) v_t^T      z_t = z_{t-1} + phi(k_t)      phi(x) = elu(x) + 1      (their eq. 7, 18,
-        19)
-        y_t = (R_t phi(q_t))^T S_t / phi(q_t)^T z_t                                                    (their eq. 20)
+        S_t = S_{t-1} + R_t phi(k_t) v_t^T    z_t = z_{t-1} + phi(k_t)    phi(x) = elu(x) + 1    (their eq. 7, 18, 19)
+        y_t = (R_t phi(q_t))^T S_t / phi(q_t)^T z_t                                              (their eq. 20)
 
-    The monoid is the sum of (kv, k). A sum can't tell what came first, so, like any transformer, this one encodes
-    positions: R_t is the rotation of rotary embeddings, which in linear attention belongs in the numerator alone (Su et
-    al. 2021, arXiv 2104.09864, eq. 19), pairs of features turning by omega_j t. Only the angle between q_t and k_s
-    counts, so the sum may as well be kept in the frame that turns with the query: S_t = R_1^-1 S_{t-1} + phi(k_t)
-    v_t^T. That is again the affine monoid, of decay exp(-i omega_j), and needs no clock. z is one column more, of decay
-    1. The omega_j are spread evenly up to pi.
+    A sum ignores order, so positions are encoded: R_t rotates pairs of features by omega_j t (rotary embeddings; in
+    linear attention only in the numerator, Su et al. 2021, arXiv 2104.09864, eq. 19). Only the angle between q_t and
+    k_s matters, so S_t can be kept in the frame of the query, S_t = R_1^-1 S_{t-1} + phi(k_t) v_t^T: the affine monoid
+    with decay exp(-i omega_j). z is one more column, with decay 1. The omega_j are evenly spaced up to pi.
     """
-
-    is_complex = True
 
     def __init__(self, d_model, num_heads=2, d_key=32, d_value=8):
         super().__init__()
-        self.state_shape = (num_heads, d_key // 2, d_value + 1)  # (S, z), its pairs of rows as complex numbers
+        self.state_shape, self.is_complex = (num_heads, d_key // 2, d_value + 1), True  # (S, z), pairs of rows complex
+        self.num_heads = num_heads
         self.query = nn.Linear(d_model, num_heads * d_key)
         self.key = nn.Linear(d_model, num_heads * d_key)
         self.value = nn.Linear(d_model, num_heads * d_value)
@@ -435,18 +389,15 @@ class LinearTransformerCell(Cell):
         omega = math.pi * torch.arange(1, pairs + 1).reshape(-1, num_heads).T / pairs
         self.register_buffer("omega", F.pad(omega[..., None].repeat(1, 1, d_value), (0, 1)))  # state_shape
 
-    def heads(self, x):
-        return x.unflatten(-1, (self.state_shape[0], -1))  # (T, B, heads, size)
-
     def lift(self, x):
-        k = torch.view_as_complex((F.elu(self.heads(self.key(x))) + 1).unflatten(-1, (-1, 2)))
-        v = F.pad(self.heads(self.value(x)), (0, 1), value=1.0)
+        k = torch.view_as_complex((F.elu(self.key(x)) + 1).unflatten(-1, (self.num_heads, -1, 2)))
+        v = F.pad(self.value(x).unflatten(-1, (self.num_heads, -1)), (0, 1), value=1.0)
         return torch.polar(torch.ones_like(self.omega), -self.omega), k[..., :, None] * v[..., None, :]
 
     def readout(self, h, x):
-        q = F.elu(self.heads(self.query(x))) + 1
+        q = (F.elu(self.query(x)) + 1).unflatten(-1, (self.num_heads, 1, -1))  # (T, B, heads, 1, d_key)
         h = torch.view_as_real(h).transpose(-1, -2).flatten(-3, -2)  # (T, B, heads, d_key, d_value + 1)
-        y = (q[..., None, :] @ h).squeeze(-2)
+        y = (q @ h).squeeze(-2)  # (T, B, heads, d_value + 1)
         return self.output((y[..., :-1] / y[..., -1:]).flatten(2))
 
 
@@ -455,9 +406,9 @@ class MinGRUCell(Cell):
 
         h_t = (1 - z_t) h_{t-1} + z_t h~_t        z_t = sigmoid(W_z x_t + b_z)        h~_t = W_h x_t + b_h
 
-    The decay 1 - z_t depends on the input: the cell can hold a state until the input replaces it. As in chrono
-    initialisation (Tallec & Ollivier 2018, arXiv 1804.11188), the forget bias -b_z is initialised to log u, so that at
-    x = 0 a state decays as exp(-t / u) or thereabouts; u is log-uniform in [1, `horizon`] rows.
+    The decay depends on the input: the cell can hold a state until the input replaces it. As in chrono initialisation
+    (Tallec & Ollivier 2018, arXiv 1804.11188), the forget bias -b_z is initialised to log u, u log-uniform in [1,
+    horizon]: where the input is 0, a state lasts for about u rows.
     """
 
     def __init__(self, d_model, d_state=256, horizon=1000):
@@ -477,7 +428,7 @@ class MinGRUCell(Cell):
 
 
 class GRUCell(nn.Module):
-    """`torch.nn.GRU`, run episode by episode: a yardstick that is no monoid, so time is a loop over the longest one."""
+    """`torch.nn.GRU`, a baseline that is not a monoid: a loop over time, as long as the longest episode."""
 
     def __init__(self, d_model, d_state=128):
         super().__init__()
@@ -491,13 +442,13 @@ class GRUCell(nn.Module):
         T, B = start.shape
         begins = start.clone()
         begins[0] = True
-        b, t = begins.T.nonzero(as_tuple=True)  # where each piece of an episode begins, sequence by sequence
+        b, t = begins.T.nonzero(as_tuple=True)  # the first row of each episode (or rest of one), sequence by sequence
         lengths = torch.diff(b * T + t, append=b.new_tensor([B * T]))
         rows = torch.arange(B * T, device=x.device).split(lengths.tolist())
-        rows = nn.utils.rnn.pack_sequence(rows, enforce_sorted=False)  # one gather, not a slice for each piece
-        h = torch.where(start[t, b][:, None], 0, state[b])  # (pieces, d_state)
+        rows = nn.utils.rnn.pack_sequence(rows, enforce_sorted=False)  # one gather, not many slices
+        h = torch.where(start[t, b][:, None], 0, state[b])  # (episodes, d_state)
         y, h = self.gru(rows._replace(data=x.transpose(0, 1).flatten(0, 1)[rows.data]), h[None])
-        y = y.data[rows.data.argsort()].unflatten(0, (B, T)).transpose(0, 1)
+        y = y.data[rows.data.argsort()].unflatten(0, (B, T)).transpose(0, 1)  # (T, B, d_state)
         last = torch.cat((b[1:] != b[:-1], b.new_ones(1, dtype=torch.bool)))
         return self.output(y), h[0, last]
 
@@ -507,13 +458,13 @@ class Memory(nn.Module):
 
         x <- x + GLU(W gelu(norm(cell(norm(x)))))
 
-    cells: modules with the interface of `Cell`; Memory(d, [LRUCell(d), MinGRUCell(d)]) is a stack of two layers.
-    Without cells there is no memory: y = x, and the state is the empty tuple.
-    initial_state(B):   the state before any row: a tuple of one tensor (B, ...) a layer
-    memory(x, state, start): x (T, B, d_model) float, start (T, B) bool (in other dtypes, nonzero is True) -> y (T, B,
-    d_model), the state after row T-1. A row whose start is True is consumed from the initial state, whatever state came
-    before it. T >= 1. All rows at once, one row at a time with the state carried over, or any cut in between give the
-    same y. Raises ValueError if the batch size of the state is not that of x.
+    Memory(d, [LRUCell(d), MinGRUCell(d)]) is a stack of two layers. A list of no cells is no memory: y = x.
+
+    initial_state(B): the state before any row: a tuple with one tensor (B, ...) for each cell
+    memory(x, state, start): x (T, B, d_model) float, T >= 1; start (T, B) bool (in other dtypes, nonzero is True) -> y
+        (T, B, d_model), the state after row T-1. A row whose start is True sees the initial state instead of what came
+        before it, NaN included. All rows at once, one row at a time with the state carried over, or any other split
+        give the same y. Raises ValueError if the state has not the batch size of x or the length of the stack.
     """
 
     def __init__(self, d_model, cells):
@@ -527,7 +478,7 @@ class Memory(nn.Module):
 
     def forward(self, x, state, start):
         if any(len(h) != x.shape[1] for h in state):
-            raise ValueError(f"memory: x has batch size {x.shape[1]}, the state {[len(h) for h in state]}")
+            raise ValueError(f"memory: the batch size is {x.shape[1]}, that of the state is {[len(h) for h in state]}")
         start, after = start.bool(), []
         norms = self.norms[::2], self.norms[1::2]
         for cell, norm, norm2, gate, h in zip(self.cells, *norms, self.gates, state, strict=True):
@@ -541,22 +492,13 @@ CELLS = {"lru": LRUCell, "s5": S5Cell, "ffm": FFMCell, "linear_transformer": Lin
 CELLS |= {"mingru": MinGRUCell, "gru": GRUCell}
 
 
-def _layers(name, d_model, num_layers=2, **sizes):
-    return Memory(d_model, [CELLS[name](d_model, **sizes) for _ in range(num_layers)])
+def make_memory(names, d_model, num_layers=2, **sizes):
+    """names: keys of MEMORIES, a single one for num_layers layers of it, or several for one layer of each, in order."""
+    names = names * num_layers if len(names) == 1 else names
+    return Memory(d_model, [CELLS[name](d_model, **sizes) for name in names if name != "none"])
 
 
-# MEMORIES[name](d_model, num_layers=2, **sizes): sizes are keyword arguments of the cell
-MEMORIES = {name: functools.partial(_layers, name) for name in CELLS} | {"none": functools.partial(Memory, cells=())}
-
-
-def make_memory(names, d_model):
-    """One name: two layers of it, as MEMORIES[name](d_model). Several names: one layer of each, in that order.
-
-    names: a list of keys of MEMORIES; "none" adds no layer. Raises KeyError if a name is not among them.
-    """
-    if len(names) == 1:
-        return MEMORIES[names[0]](d_model)
-    return Memory(d_model, [CELLS[name](d_model) for name in names if name != "none"])
+MEMORIES = {name: functools.partial(make_memory, [name]) for name in [*CELLS, "none"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -564,9 +506,7 @@ def make_memory(names, d_model):
 # the same function, only faster.
 
 
-def _recur(
-    decay: torch.Tensor, x: torch.Tensor, initial: torch.Tensor, start: torch.Tensor | None, reverse: bool
-) -> torch.Tensor:
+def _recur(decay: Tensor, x: Tensor, initial: Tensor, start: Tensor | None, reverse: bool) -> Tensor:
     """linear_recurrence without its gradient; decay and start broadcast to x (T, ...), initial (...)."""
     if _on_gpu(x):
         return _triton(decay, x, initial, start, reverse)
@@ -587,40 +527,39 @@ _recur_op.register_fake(lambda decay, x, initial, start, reverse: x.new_empty(x.
 
 
 def _blocked(decay, x, initial, reverse, K=8):
-    """The recurrence without its gradient, in fewer than 2T affine maps and O(log T) steps.
+    """decay and x (T, ...), initial (...) -> h (T, ...), in O(T) work and O(log T) steps.
 
-    Time is cut into C blocks of K rows. What a block does to the state that enters it is one affine map (a, b): K
-    steps, all blocks at once, give all the maps. They form a recurrence of their own, C rows long, which gives the
-    state that enters each block, by recursion. K more steps give every row. Row k of all blocks is a strided view, so
-    nothing is copied or padded; the rows that fill no block come first. decay and x (T, ...), initial (...).
+    Time is cut into C blocks of K rows; the T % K rows that fill no block come first. The effect of a block on the
+    state is one affine map (a, b). K steps over all blocks at once give these maps, recursion gives the states after
+    all blocks, and K more steps give the state of every row. Row k of all blocks is a strided view: nothing is copied.
     """
+
+    def steps(h, decays, xs, outs):
+        for a, x, out in zip(decays, xs, outs):
+            h = torch.addcmul(x, a, h, out=out)
+        return h
+
     out = x.new_empty(x.shape)
-    T, C, order = len(x), len(x) // K, slice(None, None, -1 if reverse else 1)
+    C, order = len(x) // K, slice(None, None, -1 if reverse else 1)
     if C < 2:
-        _steps(initial, *(y.unbind()[order] for y in (decay, x, out)))
+        steps(initial, *(y.unbind()[order] for y in (decay, x, out)))
         return out
-    sizes = [T % K, C * K][order]
-    (decay_0, decay), (x_0, x), (out_0, blocks_out) = (y.split(sizes)[order] for y in (decay, x, out))
-    initial = _steps(initial, *(y.unbind()[order] for y in (decay_0, x_0, out_0)))
-    blocks = [y.unflatten(0, (C, K)) for y in (decay, x, blocks_out)]  # (C, K, ...)
+    sizes = [len(x) % K, C * K][order]
+    rest, blocks = zip(*(y.split(sizes)[order] for y in (decay, x, out)))
+    initial = steps(initial, *(y.unbind()[order] for y in rest))
+    blocks = [y.unflatten(0, (C, K)) for y in blocks]  # (C, K, ...)
     decays, xs, outs = (y.unbind(1)[order] for y in blocks)  # K of (C, ...)
     a, b = blocks[0].prod(1), torch.empty_like(xs[0])
-    _steps(xs[0], decays[1:], xs[1:], [b] * (K - 1))
-    h = _blocked(a, b, initial, reverse)  # after each block
-    _steps(_shift(h, initial, reverse), decays, xs, outs)
+    steps(xs[0], decays[1:], xs[1:], [b] * (K - 1))
+    h = _blocked(a, b, initial, reverse)
+    h = torch.cat((h[1:], initial[None]) if reverse else (initial[None], h[:-1]))  # the state that enters each block
+    steps(h, decays, xs, outs)
     return out
 
 
-def _steps(h, decays, xs, outs):
-    for a, x, out in zip(decays, xs, outs):
-        h = torch.addcmul(x, a, h, out=out)
-    return h
-
-
-# The kernel is defined only where it can run: on a GPU, or in Triton's interpreter. Importing Triton takes half a second.
-HAS_TRITON = importlib.util.find_spec("triton") is not None and (
-    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-)
+# the kernel is defined only where it can run (a GPU or Triton's interpreter), as importing Triton takes half a second
+HAS_TRITON = importlib.util.find_spec("triton") and (torch.cuda.is_available() or os.getenv("TRITON_INTERPRET") == "1")
+BLOCK_ROWS, LANES = 128, 128
 
 if HAS_TRITON:
     import triton
@@ -655,10 +594,8 @@ if HAS_TRITON:
         decay, x, enter, out, product, start, decay_stride, T, C, N, D, K,
         REVERSE: tl.constexpr, COMPLEX: tl.constexpr, LANES: tl.constexpr,
     ):  # fmt: skip
-        """The K rows of LANES of the C x N pairs (block, channel), one row after the other.
-
-        With `enter` (C, N), the states that enter the blocks, out (T, N) gets the state of every row. With `product`,
-        every block starts from zero, and its affine map is written to product and out, (C, N) each.
+        """The K rows of LANES of the C x N pairs (block, channel), sequentially: from the states that enter the blocks,
+        enter (C, N), to the states of all rows, out (T, N), or to the affine maps of blocks, product and out (C, N).
         """
         lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)  # 64 bits: x may have 2^31 elements
         block, n = lane // N, lane % N
@@ -670,9 +607,7 @@ if HAS_TRITON:
             s = block * K + k
             t = T - 1 - s if REVERSE else s
             inside = (block < C) & (s < T)
-            keep = inside
-            if start is not None:
-                keep = inside & (tl.load(start + t * (N // D) + n // D, inside, other=1) == 0)
+            keep = inside if start is None else inside & ~tl.load(start + t * (N // D) + n // D, inside, other=0)
             a, b = _load(decay, t * decay_stride + n, keep, COMPLEX), _load(x, t * N + n, inside, COMPLEX)
             h = _multiply(a, h, COMPLEX)
             h = h[0] + b[0], h[1] + b[1]
@@ -691,28 +626,20 @@ def _on_gpu(x):
     return HAS_TRITON and x.is_cuda and x.dtype in dtypes and x.get_device() == torch.cuda.current_device()
 
 
-def _block_size(T, N):
-    """Rows of a block, for T rows of N channels: all if they are few or channels alone fill a GPU with threads."""
-    return T if T <= 256 else min(T, max(64, T * N // 2**17))
-
-
 def _triton(decay, x, initial, start, reverse):
-    """The recurrence without its gradient, in blocks as in `_blocked`: one thread computes one channel of one block."""
+    """As `_recur`, in blocks like `_blocked`: one thread computes one channel of one block."""
     shape, T, N = x.shape, len(x), math.prod(x.shape[1:])
-
-    def flat(y):  # -> (T, N), or (1, N) if it is the same in every row
-        return y.expand(-1, *shape[1:]).reshape(-1, N).resolve_conj().resolve_neg().contiguous()
-
+    flat = lambda y: y.expand(-1, *shape[1:]).reshape(-1, N).resolve_conj().resolve_neg().contiguous()  # (T or 1, N)
     decay, x, enter = flat(decay), flat(x), flat(initial[None])
     D = 1 if start is None else math.prod(shape[start.ndim :])  # the channels that share a start
     start = start if start is None else start.expand(shape[: start.ndim]).contiguous()
-    K = _block_size(T, N)
+    K = min(T, max(BLOCK_ROWS, T * N // 2**17))  # fewer blocks where channels alone keep a GPU busy
     C = math.ceil(T / K)
 
     def launch(C, *tensors):
         tensors = [y if y is None or not y.is_complex() else torch.view_as_real(y) for y in (decay, x, *tensors)]
         sizes = N * (len(decay) > 1), T, C, N, D, K
-        _kernel[(math.ceil(C * N / 128),)](*tensors, start, *sizes, reverse, x.is_complex(), LANES=128)
+        _kernel[(math.ceil(C * N / LANES),)](*tensors, start, *sizes, reverse, x.is_complex(), LANES)
 
     if C > 1:
         product, b = x.new_empty(2, C - 1, N)
