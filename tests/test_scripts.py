@@ -1,5 +1,6 @@
 """What the three scripts share, tested in each of them: spaces, `collect`, the command line, evaluation."""
 
+import itertools
 import os
 import random
 import re
@@ -193,8 +194,7 @@ def test_dqn_refuses_continuous_actions(script, play):
 
 
 TASKS = ["popgym-RepeatPreviousEasy-v0", "popgym-AutoencodeEasy-v0", "CartPole-v1"]
-RUNS = [(script, task) for script in helpers.SCRIPTS for task in TASKS]
-RUNS += [(ppo_tbb, "popgym-PositionOnlyPendulumEasy-v0")]
+RUNS = [(ppo_tbb, "popgym-PositionOnlyPendulumEasy-v0"), *itertools.product(helpers.SCRIPTS, TASKS)]
 
 
 @pytest.mark.parametrize("script, env_id", RUNS, ids=lambda x: getattr(x, "__name__", x))

@@ -315,7 +315,6 @@ def test_run_that_diverges_stops_before_the_step(script, why, play, tmp_path, mo
     else:
         more = ["--learning-rate", 1e30, "--eval-frequency", 1]
     assert_refused(play(script, *flags(script), *more), "the loss is", "unchanged")
-    paths = [*tmp_path.glob("runs/*/checkpoint.pt")]
-    assert steps and (paths or why != "rewards")
-    for path in paths:
+    assert steps
+    for path in tmp_path.glob("runs/*/checkpoint.pt"):
         assert all(x.isfinite().all() for x in tree_leaves(load(path)["learners"]) if torch.is_tensor(x))
