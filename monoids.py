@@ -464,7 +464,7 @@ class Memory(nn.Module):
     memory(x, state, start): x (T, B, d_model) float, T >= 1; start (T, B) bool (in other dtypes, nonzero is True) -> y
         (T, B, d_model), the state after row T-1. A row whose start is True sees the initial state instead of what came
         before it, NaN included. All rows at once, one row at a time with the state carried over, or any other split
-        give the same y. Raises ValueError if the state has not the batch size of x or the length of the stack.
+        give the same y. Raises ValueError if the batch size or the number of layers of the state is wrong.
     """
 
     def __init__(self, d_model, cells):
@@ -477,8 +477,8 @@ class Memory(nn.Module):
         return tuple(cell.initial_state(B) for cell in self.cells)
 
     def forward(self, x, state, start):
-        if any(len(h) != x.shape[1] for h in state):
-            raise ValueError(f"memory: the batch size is {x.shape[1]}, that of the state is {[len(h) for h in state]}")
+        if (sizes := [*map(len, state)]) != (expected := [x.shape[1]] * len(self.cells)):
+            raise ValueError(f"memory: the batch sizes of the layers' states must be {expected}, not {sizes}")
         start, after = start.bool(), []
         norms = self.norms[::2], self.norms[1::2]
         for cell, norm, norm2, gate, h in zip(self.cells, *norms, self.gates, state, strict=True):
