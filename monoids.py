@@ -211,13 +211,12 @@ def discounted_return(gamma, reward, done, next_value=None):
     ended here, terminated or truncated; next_value (T, ...): the value of the state that follows, read only where a row
     is done or the last (None: zero). Pass 0 there for a terminal state. Returns G (T, ...). Section 4.2 of the paper.
     """
-    x = reward
     if next_value is not None:
         ends = done.bool().clone()
         ends[-1] = True
-        x = x + gamma * torch.where(ends, next_value, 0)
+        reward = reward + gamma * torch.where(ends, next_value, 0)
     # backwards in time, an episode starts where it is done
-    return linear_recurrence(gamma * x.new_ones(1), x, reverse=True, start=done)
+    return linear_recurrence(gamma * reward.new_ones(1), reward, reverse=True, start=done)
 
 
 def gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
@@ -390,8 +389,8 @@ class LinearTransformerCell(Cell):
         self.register_buffer("omega", F.pad(omega[..., None].repeat(1, 1, d_value), (0, 1)))  # state_shape
 
     def lift(self, x):
-        k = torch.view_as_complex((F.elu(self.key(x)) + 1).unflatten(-1, (self.num_heads, -1, 2)))
-        v = F.pad(self.value(x).unflatten(-1, (self.num_heads, -1)), (0, 1), value=1.0)
+        k = torch.view_as_complex((F.elu(self.key(x)) + 1).unflatten(-1, (self.num_heads, -1, 2)))  # pairs
+        v = F.pad(self.value(x).unflatten(-1, (self.num_heads, -1)), (0, 1), value=1.0)  # (T, B, heads, d_value + 1)
         return torch.polar(torch.ones_like(self.omega), -self.omega), k[..., :, None] * v[..., None, :]
 
     def readout(self, h, x):
@@ -408,7 +407,7 @@ class MinGRUCell(Cell):
 
     The decay depends on the input: the cell can hold a state until the input replaces it. As in chrono initialisation
     (Tallec & Ollivier 2018, arXiv 1804.11188), the forget bias -b_z is initialised to log u, u log-uniform in [1,
-    horizon]: where the input is 0, a state lasts for about u rows.
+    horizon]: where the input is 0, a state decays by 1/e in about u rows.
     """
 
     def __init__(self, d_model, d_state=256, horizon=1000):
@@ -493,7 +492,7 @@ CELLS |= {"mingru": MinGRUCell, "gru": GRUCell}
 
 
 def make_memory(names, d_model, num_layers=2, **sizes):
-    """names: keys of MEMORIES, a single one for num_layers layers of it, or several for one layer of each, in order."""
+    """num_layers layers of a single name, or one layer of each of several; names: a list of keys of MEMORIES."""
     names = names * num_layers if len(names) == 1 else names
     return Memory(d_model, [CELLS[name](d_model, **sizes) for name in names if name != "none"])
 
@@ -514,10 +513,11 @@ def _recur(decay: Tensor, x: Tensor, initial: Tensor, start: Tensor | None, reve
         return _blocked(decay.expand(x.shape), x, initial, reverse)
     start = _expand(start, x)
     h = _blocked(((~start).to(x.dtype) * decay).expand(x.shape), x, initial, reverse)
-    # a multiplication is faster than a selection, but lets NaN through: 0 * NaN is NaN, and that lasts to the last row
+    # a product is faster than a selection, but 0 * NaN is NaN: once in h, it stays there until the last row
     if cmath.isfinite(h[0 if reverse else -1].sum().item()):
         return h
-    (a, b), started = scan(resettable(Affine()), ((decay.expand(x.shape), x), start), reverse)
+    decay = torch.where(start, 0, decay).expand(x.shape)
+    (a, b), started = scan(resettable(Affine()), ((decay, x), start), reverse)
     return b + torch.where(started, 0, a * initial)
 
 
