@@ -268,7 +268,7 @@ def test_unknown_environment_is_refused_and_modules_are_mentioned(script, env_id
 @each_script
 def test_experiment_name_does_not_leave_runs(script, play, tmp_path):
     (tmp_path / "a").mkdir()
-    assert play(script, *flags(script, "--exp-name", "../../x"), folder="a/b")[0] == 0
+    assert play(script, *flags(script, "--exp-name", "../../../x"), folder="a/b")[0] == 0
     assert len(contents(tmp_path)) == 2 and checkpoint_of(tmp_path / "a" / "b")
 
 
@@ -278,6 +278,7 @@ def test_environment_that_never_ends_is_reported_and_a_second_signal_stops_at_on
 
     def trouble(obs, *rest):
         steps.append(obs)
+        assert len(steps) <= last, "the second signal was ignored"
         if len(steps) in (last - 10, last):
             signal.raise_signal(number)
         return obs, *rest
@@ -306,6 +307,7 @@ def test_finished_run_says_where_it_stands_and_can_be_prolonged(script, play, tm
     for tag, events in scalars(tmp_path).items():
         steps = [step for step, _ in events]
         assert steps == sorted(set(steps)), tag
+    assert play(script, "--evaluate", path)[0] == 0
 
 
 @each_script

@@ -125,13 +125,19 @@ def test_resumed_run_is_bit_identical_after_signals(script, play, tmp_path, monk
 
 
 @each_script
-def test_full_disk_leaves_the_checkpoint_before(script, play, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [None, RuntimeError("unexpected pos 64\nC++")], ids=["OSError", "torch"])
+def test_full_disk_leaves_the_checkpoint_before(script, error, play, tmp_path, monkeypatch):
     seen = []
+
+    def save(*args):
+        raise error
 
     def fill(path, *results):
         if not seen:
             seen.append(path.read_bytes())
             os.symlink("/dev/full", f"{path}.tmp")
+            if error:
+                patch.setattr(torch, "save", save)
         return results
 
     with monkeypatch.context() as patch:
