@@ -45,6 +45,7 @@ ROOT = Path(__file__).parent.parent.absolute()
 
 TBB, SBB, PPO, RECURRENT_PPO = "dqn_tbb.py", "dqn_sbb.py", "ppo_tbb.py", "experiments/recurrent_ppo.py"
 MONOIDS = ["lru", "s5", "ffm", "linear_transformer"]
+MEMORIES = [*MONOIDS, "mingru", "lru mingru", "gru", "none"]
 LENGTHS = [10, 20, 50, 100]
 TASKS = {
     "RepeatPreviousEasy": 8_000,
@@ -84,8 +85,8 @@ EXPERIMENTS = {
         dict(script=[SBB], task=TASKS, memory=["lru"], segment_length=[20], variant=["", "burn_in"], flags=SMALL),
     ],
     "memories": [
-        LRU | dict(task=MORE_TASKS, memory=[*MONOIDS, "mingru", "gru", "none"]),
-        LRU | dict(task=MORE_TASKS, memory=["lru mingru"]),
+        LRU | dict(task=MORE_TASKS, memory=MEMORIES),
+        dict(script=[PPO], task=dict.fromkeys(MORE_TASKS, 100_000), memory=MEMORIES, flags=["--d-model", "64"]),
     ],
     "defaults": [
         dict(script=[TBB], task=dict.fromkeys([*TASKS, *GAMES], 40_000), memory=["lru"]),
