@@ -461,7 +461,7 @@ def popgym(runs, folder):
 
 
 def aggregate(runs, labels, folder):
-    """Interquartile means over the tasks that all memories of a script have played, for what has played all of these."""
+    """Interquartile means over the tasks that all memories of a script have played, for all that has played these."""
     tasks = {name: set(unique(some, "task")) for (name,), some in grouped(runs, "label").items()}
     shared, series, table = {}, {name: [] for name in labels}, []
     for (script, steps), some in grouped(runs, "script", "total_timesteps").items():
