@@ -33,7 +33,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+import gymnasium as gym
 import numpy as np
+import popgym  # noqa: F401  registers popgym-*
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 from tqdm import tqdm
@@ -58,6 +60,8 @@ TASKS = {
 MORE_TASKS = TASKS | {"HigherLowerEasy": 10_000, "NoisyPositionOnlyCartPoleEasy": 20_000}
 GAMES = ["HigherLowerEasy", "MineSweeperEasy", "BattleshipEasy"]
 CONTROL = ["PositionOnlyCartPoleEasy", "NoisyPositionOnlyCartPoleEasy", "PositionOnlyPendulumEasy"]
+POPGYM = [name[len("popgym-") : -len("-v0")] for name in gym.registry if name.startswith("popgym-")]  # Easy first
+DISCRETE = [task for task in POPGYM if "Pendulum" not in task]
 FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer is an observation of long ago
 SMALL = ["--d-model", "64", "--learning-rate", "1e-3"]  # hundreds of runs: half the width, a third of the time
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
@@ -91,6 +95,11 @@ EXPERIMENTS = {
     "defaults": [
         dict(script=[TBB], task=dict.fromkeys([*TASKS, *GAMES], 40_000), memory=["lru"]),
         dict(script=[PPO], task=dict.fromkeys(["RepeatPreviousEasy", *CONTROL], 250_000), memory=["lru", "none"]),
+    ],
+    "popgym": [
+        dict(script=[PPO], task=dict.fromkeys(POPGYM, 250_000), memory=["none", "lru", "mingru", "lru mingru"]),
+        dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
+        dict(script=[RECURRENT_PPO], task=dict.fromkeys([*MORE_TASKS, *GAMES, *CONTROL], 250_000)),
     ],
 }
 EVALUATIONS = 10  # in a run
@@ -205,18 +214,21 @@ def read_log(run, folder):
 
 
 def runs_of(name, seeds, tasks=None, smoke=False):
-    """The runs of an experiment's table. A smoke test's are short, and of each line's first task, memory and length."""
+    """The runs of an experiment's table, seed by seed, so that those of the first seed are a whole table early.
+
+    A smoke test's are short, and of each line's first task, memory and length, and of the first seed.
+    """
     runs = []
-    for line in EXPERIMENTS[name]:
-        axes = {axis: list(line.get(axis, [""])) for axis in Run._fields[:5]} | {"seed": seeds}
+    for seed, line in itertools.product(seeds[:1] if smoke else seeds, EXPERIMENTS[name]):
+        axes = {axis: list(line.get(axis, [""])) for axis in Run._fields[:5]}
         flags = line.get("flags", [])
         if smoke:
-            axes |= {axis: axes[axis][:1] for axis in ("task", "memory", "segment_length", "seed")}
+            axes |= {axis: axes[axis][:1] for axis in ("task", "memory", "segment_length")}
             flags = [*flags, *SMOKE, *SMOKE_MORE[line["script"][0]]]
         for script, task, *rest in itertools.product(*axes.values()):
             if not tasks or task in tasks:
                 steps = SMOKE_TIMESTEPS if smoke else line["task"][task]
-                runs.append(Run(script, task, *rest, steps, tuple(flags)))
+                runs.append(Run(script, task, *rest, seed, steps, tuple(flags)))
     return runs
 
 
