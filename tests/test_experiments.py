@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -203,6 +204,48 @@ def test_prioritised_loss_is_weighted(patched):
     losses = F.smooth_l1_loss(weighted["error"], torch.zeros(len(t), 1).double(), reduction="none")
     torch.testing.assert_close(weighted["losses/td_loss"], (losses * weight).mean())
     torch.testing.assert_close(metrics_of(dqn_tbb, (rows, t))["losses/td_loss"], losses.mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The T-maze
+
+
+@pytest.fixture
+def t_maze(monkeypatch):
+    monkeypatch.syspath_prepend(SWEEP.parent)
+
+    def play(actions, **kwargs):
+        """(observations, rewards, the side of the goal) of an episode that these actions end."""
+        env = gym.make("tmaze:TMaze-v0", **kwargs)
+        (first, _), steps = env.reset(seed=0), []
+        for action in actions:
+            assert not steps or not steps[-1][2]
+            steps.append(env.step(action))
+        assert steps[-1][2] and not any(truncated for *_, truncated, _ in steps)
+        return [first.tolist(), *(obs.tolist() for obs, *_ in steps)], [reward for _, reward, *_ in steps], first[1]
+
+    return play
+
+
+def test_t_maze_shows_the_goal_once_and_rewards_the_turn(t_maze):
+    right, up, left, down = range(4)
+    obs, rewards, goal = t_maze([right, right, right, up], corridor_length=3)
+    assert obs == [[0, goal], [0, 0], [0, 0], [1, 0], [1, 0]] and abs(goal) == 1
+    assert rewards == [0, 0, 0, goal == 1]
+    assert t_maze([right, right, right, down], corridor_length=3)[1] == [0, 0, 0, goal == -1]
+    assert t_maze([right, right, right, left], corridor_length=3)[1] == [0, 0, 0, 0]
+    obs, rewards, _ = t_maze([right, up, right, up], corridor_length=3)  # a step late: no junction, no goal
+    assert obs == [[0, goal], [0, 0], [0, 0], [0, 0], [0, 0]] and rewards == [0, -1 / 3, -1 / 3, 0]
+    assert t_maze([right, left, left, right, right, up], corridor_length=5)[1] == [0, *4 * [-1 / 5], 0]
+
+
+def test_t_maze_that_walks_the_agent(t_maze):
+    obs, rewards, goal = t_maze([0, 1, 2, 1 if goal_is_up(t_maze) else 3], corridor_length=3, walk=False)
+    assert obs == [[0, goal], [0, 0], [0, 0], [1, 0], [1, 0]] and rewards == [0, 0, 0, 1]
+
+
+def goal_is_up(t_maze):
+    return t_maze([0, 0], corridor_length=1)[2] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
