@@ -15,7 +15,7 @@ import random
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -310,7 +310,9 @@ if __name__ == "__main__":
             fail(f"{path} is not a complete checkpoint of {script} ({type(error).__name__})")
         if ":" in defaults.env_id and args.env_id != defaults.env_id:
             fail(f"{path} imports a module: add --env-id {defaults.env_id} if you trust it")
-        args = tyro.cli(Args, description=__doc__, default=defaults)
+        args = tyro.cli(Args, description=__doc__, default=replace(defaults, env_kwargs={}, memory_kwargs={}))
+        args.env_kwargs = defaults.env_kwargs | args.env_kwargs
+        args.memory_kwargs = defaults.memory_kwargs | args.memory_kwargs
     args.check()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tensors this small gain little from more
     # glibc then keeps the memory of an update for the next one: a tenth of the time (mallopt(3), M_MMAP_THRESHOLD)
@@ -360,13 +362,11 @@ if __name__ == "__main__":
         iteration, global_step = iteration + 1, global_step + sum(lengths)
         metrics = {"charts/learning_rate": lr, "charts/epsilon": epsilon, "charts/episodic_length": np.mean(lengths)}
         metrics["charts/episodic_return"] = episodic_return = np.mean([episode.reward.sum() for episode in episodes])
-
         # ALGO LOGIC: training
         while num_updates * args.train_frequency < global_step - args.learning_starts:
             batch = buffer.sample(args.batch_size, np.random.default_rng((args.seed, 2, num_updates)))
             metrics |= update(*networks, optimizer, batch, args)
             num_updates += 1
-
         finished = global_step >= args.total_timesteps
         evaluated = finished or evaluations < global_step // args.eval_frequency
         if evaluated:

@@ -273,7 +273,7 @@ def test_memory_kwargs_reach_the_memory_and_its_checkpoint(script, play, tmp_pat
     states = [x.shape for key, x in checkpoint["learners"][name].items() if "nu_log" in key]
     assert states == [(12,)] and checkpoint["args"]["memory_kwargs"]["horizon"] == 5000
     assert play(script, "--evaluate", path)[0] == 0
-    assert_refused(play(script, "--evaluate", path, "--memory-kwargs.d-state", 13), str(path))
+    assert_refused(play(script, "--evaluate", path, "--memory-kwargs", "d_state", 13), str(path))
 
 
 @pytest.mark.parametrize("script", [dqn_tbb, dqn_sbb])
