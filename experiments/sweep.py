@@ -65,6 +65,17 @@ DISCRETE = [task for task in POPGYM if "Pendulum" not in task]
 FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer is an observation of long ago
 SMALL = ["--d-model", "64", "--learning-rate", "1e-3"]  # hundreds of runs: half the width, a third of the time
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
+
+
+def t_maze(n, memory, **kwargs):
+    """A corridor of n steps that moves the agent; 300 episodes, and after each of them an update of eight episodes."""
+    flags = ["--env-kwargs", "corridor_length", n, "walk", "False", "--no-previous-action", "--num-envs", 16]
+    flags += ["--batch-size", 8 * n, "--train-frequency", n, "--learning-starts", 8 * n, "--buffer-size", 400 * n]
+    flags += ["--gamma", 0.5, "--d-model", 32, "--learning-rate", 1e-3, "--exploration-fraction", 0.5]
+    flags += ["--memory-kwargs", *itertools.chain(*kwargs.items())] if kwargs else []
+    return dict(script=[TBB], task={"experiments.tmaze:TMaze": 300 * n}, memory=memory, flags=[*map(str, flags)])
+
+
 LRU = dict(script=[TBB], task=TASKS, memory=["lru"], flags=SMALL)
 
 EXPERIMENTS = {
@@ -91,6 +102,12 @@ EXPERIMENTS = {
     "memories": [
         LRU | dict(task=MORE_TASKS, memory=MEMORIES),
         dict(script=[PPO], task=dict.fromkeys(MORE_TASKS, 100_000), memory=MEMORIES, flags=["--d-model", "64"]),
+    ],
+    "t_maze": [
+        *(t_maze(n, ["lru", "s5", "mingru", "lru mingru"], horizon=100 * n, d_state=64) for n in (50, 250, 1000)),
+        *(t_maze(n, ["ffm"], horizon=100 * n) for n in (50, 250, 1000)),
+        *(t_maze(n, ["linear_transformer", "gru", "none"]) for n in (50, 250, 1000)),
+        *(t_maze(n, ["lru"], horizon=100 * n, d_state=64) for n in (4000, 10_000)),
     ],
     "defaults": [
         dict(script=[TBB], task=dict.fromkeys([*TASKS, *GAMES], 40_000), memory=["lru"]),
@@ -133,8 +150,12 @@ class Run(NamedTuple):
         return " ".join(part for part in (*parts, f"{self.total_timesteps} steps", f"seed {self.seed}") if part)
 
     @property
+    def env_id(self):
+        return f"{self.task if ':' in self.task else f'popgym-{self.task}'}-v0"
+
+    @property
     def columns(self):
-        named = dict(run=self.key, script=Path(self.script).stem, env_id=f"popgym-{self.task}-v0", memory=self.memory)
+        named = dict(run=self.key, script=Path(self.script).stem, env_id=self.env_id, memory=self.memory)
         named |= dict(segment_length=self.segment_length, seed=self.seed, variant=self.variant)
         return named | dict(total_timesteps=self.total_timesteps)
 
@@ -145,7 +166,7 @@ COLUMNS = [*Run("", "").columns, "step", "seconds", "eval_return", *(tag.split("
 
 def command(run):
     """The script's arguments, itself excluded."""
-    flags = ["--env-id", f"popgym-{run.task}-v0", "--seed", run.seed, "--total-timesteps", run.total_timesteps]
+    flags = ["--env-id", run.env_id, "--seed", run.seed, "--total-timesteps", run.total_timesteps]
     flags += ["--eval-frequency", max(1, run.total_timesteps // EVALUATIONS)]
     flags += ["--memory", *run.memory.split()] if run.memory else []
     flags += ["--segment-length", run.segment_length] if run.segment_length else []
