@@ -38,6 +38,7 @@ def read(path):
 # tasks, methods, memories and variants are shown in these orders
 POPGYM = {row["task"]: float(row["return"]) for row in read(ROOT / "experiments" / "popgym_random.csv")}
 TASKS = {task: (x, 1.0) for task, x in POPGYM.items()}  # mean return of random actions, and a bound on the return
+TASKS |= {"experiments.tmaze:TMaze": (0.25, 1.0)}
 METHODS = {"dqn_tbb": "TBB", "dqn_sbb": "SBB", "ppo_tbb": "PPO, TBB", "recurrent_ppo": "RecurrentPPO"}
 MEMORIES = {"lru": "LRU", "s5": "S5", "ffm": "FFM", "linear_transformer": "linear transformer", "mingru": "minGRU"}
 MEMORIES |= {"lru mingru": "LRU + minGRU", "gru": "GRU", "none": "none", "": "LSTM"}
@@ -417,7 +418,27 @@ def ablations(runs, folder):
 
 
 def memories(runs, folder):
-    compare(runs, folder, "memories", "memory", "Memory models (TBB)")
+    for (script,), own in grouped(runs, "script").items():
+        compare(own, folder, f"memories_{script}", "memory", f"Memory models, {script}.py")
+
+
+def t_maze(runs, folder):
+    """Success by memory and length of the corridor, and what it took the LRU."""
+    length = lambda run: int(re.search(r"corridor_length (\d+)", run["run"])[1])
+    runs = [run | {"corridor": f"{length(run):,}"} for run in sorted(runs, key=length)]
+    table = [
+        {"memory": memory, "corridor": corridor, "value": over_tasks(SCORES["final return"], some)}
+        for (memory, corridor), some in grouped(runs, "memory", "corridor").items()
+    ]
+    write(table, runs, folder, "t_maze", across="corridor")
+    runs, table = [run for run in runs if run["memory"] == "LRU"], []
+    for (corridor,), some in grouped(runs, "corridor").items():
+        solved = [min(run["step"][run["eval_return"] >= 0.95], default=np.nan) for run in some]
+        steps = " ".join("never" if np.isnan(x) else f"{int(x):,}" for x in solved)
+        seconds = " ".join(f"{run['seconds'][-1]:,.0f}" for run in some)
+        table.append({"corridor": corridor, "seeds": len(some), "steps": f"{int(some[0]['step'][-1]):,}"})
+        table[-1] |= {"seconds": seconds, "first evaluation of 0.95 or more, steps": steps}
+    write(table, runs, folder, "t_maze_lru")
 
 
 def defaults(runs, folder):
@@ -504,7 +525,7 @@ def returns(rows, folder):
 
 
 EXPERIMENTS = [sample_efficiency, sensitivity, padding, wall_clock, returns, recall, ablations, memories, defaults]
-EXPERIMENTS += [popgym]
+EXPERIMENTS += [t_maze, popgym]
 
 
 def main():
