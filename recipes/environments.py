@@ -1,6 +1,6 @@
-"""Plays other people's environments for a few steps, and writes the table of them to README.md.
+"""Plays other people's environments for a few steps, and writes the table of them to README.md (or to another page).
 
-    pip install -r recipes/requirements.txt && python recipes/environments.py
+    pip install -r recipes/requirements.txt && python recipes/environments.py [PAGE]
 """
 
 import contextlib
@@ -17,17 +17,16 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.absolute()
-README = ROOT / "recipes" / "README.md"
 BEGIN, END = "<!-- table: environments -->\n", "<!-- end -->\n"
 
 SCRIPTS = ["dqn_tbb.py", "ppo_tbb.py"]
 ENVIRONMENTS = """
 CartPole-v1, Acrobot-v1, MountainCarContinuous-v0, Pendulum-v1
-FrozenLake-v1, Blackjack-v1, CliffWalking-v1, Taxi-v3, Taxi-v3 with action_mask
+FrozenLake-v1, Blackjack-v1, CliffWalking-v1, Taxi-v3, Taxi-v4, Taxi-v4 with action_mask
 LunarLander-v3, CarRacing-v3
 InvertedPendulum-v5, HalfCheetah-v5, Ant-v5
+ALE/Breakout-v5, ale_py:ALE/Breakout-v5, ale_py:ALE/Breakout-v5 with pixels
 minigrid:MiniGrid-MemoryS7-v0, minigrid:BabyAI-GoToRedBall-v0, tasks:ImageMemory-v0 with pixels
-ALE/Breakout-v5, ale_py:ALE/Breakout-v5, ale_py:ALE/Breakout-v5 with pixels, tasks:FlickerBreakout-v0 with pixels
 popgym-RepeatPreviousEasy-v0, popgym-MineSweeperEasy-v0, popgym-BattleshipEasy-v0, popgym-PositionOnlyPendulumEasy-v0
 """
 FLAGS = "--total-timesteps 40 --num-envs 1 --max-episode-steps 30 --memory none --d-model 8 --eval-episodes 1".split()
@@ -64,7 +63,7 @@ def play(script, env_id):
             for number, handler in handlers:
                 signal.signal(number, handler)
     message = err.getvalue().strip().splitlines()[-1].removeprefix(f"{script.name}: --env-id {env_id}: ")
-    return re.sub(r" at 0x\w+| \(an id may name.*", "", message)
+    return re.sub(r"(?<=not Box)\(.*", "(...)", message)
 
 
 def table():
@@ -90,6 +89,7 @@ def table():
 
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]  # of the scripts' and of tasks.py
-    before, rest = README.read_text().split(BEGIN)
+    page = Path(*sys.argv[1:] or [ROOT / "recipes" / "README.md"])
+    before, rest = page.read_text().split(BEGIN)
     _, after = rest.split(END)
-    README.write_text(before + BEGIN + table() + END + after)
+    page.write_text(before + BEGIN + table() + END + after)

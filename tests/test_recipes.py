@@ -5,6 +5,7 @@ import importlib.util
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
-from helpers import Lengths, assert_refused, checkpoint_of, flags, load, make, outcome
+from helpers import assert_refused, checkpoint_of, flags, load, outcome
 
 import dqn_tbb
 import ppo_tbb
@@ -30,6 +31,7 @@ sys.path.insert(0, str(RECIPES))
 import environments  # noqa: E402
 
 play = helpers.play
+MISSING = "pip install -r recipes/requirements.txt"
 
 
 def load_module(path, recipe):
@@ -119,6 +121,7 @@ def test_pixels_stay_uint8(patched):
 def test_pixels_are_encoded_the_same_while_playing_and_over_the_tape(patched):
     (module,) = patched("pixels")
     _, envs, network, act = make(module, env_id="Pictures-v0")
+    torch.nn.init.normal_(network.head[-1].weight)
     rows = rows_of(module, module.collect(envs, network, act, (1, 0)))
     inputs = rows.obs, rows.action.roll(1, 0), rows.start
     with torch.no_grad():
@@ -128,7 +131,7 @@ def test_pixels_are_encoded_the_same_while_playing_and_over_the_tape(patched):
             one, state = network(*(x[t : t + 1] for x in inputs), state)
             torch.testing.assert_close(one[0], q[t], rtol=1e-4, atol=1e-5)
         blank = network(torch.zeros_like(rows.obs), *inputs[1:], network.memory.initial_state(1))[0]
-    assert (q - blank).abs().max() > 1e-3  # the network sees them
+    assert (q - blank).abs().max() > 1e-2  # the network sees them
 
 
 def test_pixels_trains(patched, play, tmp_path):
@@ -138,19 +141,20 @@ def test_pixels_trains(patched, play, tmp_path):
     assert_refused(play(module, "--env-id", "CartPole-v1"), "observations are not images")
 
 
-@pytest.mark.parametrize("env_id", ["ImageMemory-v0", "FlickerBreakout-v0"])
-def test_tasks_are_images_of_the_size_they_say(env_id):
+def test_tasks_are_images_of_the_size_they_say(monkeypatch):
     for package in ("minigrid", "ale_py"):
-        pytest.importorskip(package, reason="pip install -r recipes/requirements.txt")
-    env = gym.make(f"tasks:{env_id}")
-    obs, _ = env.reset(seed=1)
-    again, _ = env.reset(seed=1)
-    assert env.observation_space.contains(obs) and (obs == again).all()
-    for action in [0, 1, 2] * 30:
-        obs, _, terminated, truncated, _ = env.step(action)
-        assert env.observation_space.contains(obs)
-        if terminated or truncated:
-            env.reset()
+        pytest.importorskip(package, reason=MISSING)
+    monkeypatch.setattr(gym.envs.registration, "registry", {**gym.registry})  # in other tests ALE/* stays unknown
+    for env_id in ("ImageMemory-v0", "FlickerBreakout-v0"):
+        env = gym.make(f"tasks:{env_id}")
+        first, _ = env.reset(seed=1)
+        again, _ = env.reset(seed=1)
+        assert (first == again).all()
+        for action in [0, 1, 2] * 30:
+            obs, _, terminated, truncated, _ = env.step(action)
+            assert env.observation_space.contains(obs)
+            if terminated or truncated:
+                env.reset()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,13 +192,14 @@ gym.register("Masked-v0", Masked)
 def test_masked_actions_are_never_taken(which, patched, play, tmp_path):
     """Not while exploring, greedily, or where an environment waits for the longest episode; the others are."""
     module = patched("action_mask")[which]
-    _, envs, network, act = make(module, env_id="Masked-v0", num_envs=50)
+    _, envs, network, _ = make(module, env_id="Masked-v0", num_envs=100)
+    act = partial(module.policy, **({"greedy": False} if which else {"epsilon": 1.0}))
     rows = rows_of(module, module.collect(envs, network, act, (1, 0)))
     t = ppo_tbb.transitions(rows)
     mask, action = rows.obs[t, 0, -4:], rows.action[t].reshape(-1, 1)
     assert (mask.sum(-1) == 2).all() and (mask.gather(-1, action) == 1).all()
     for a in range(4):  # both allowed actions are tried as often
-        assert ((action == a).sum() / (mask[:, a] == 1).sum()).item() == pytest.approx(0.5, abs=0.15)
+        assert ((action == a).sum() / (mask[:, a] == 1).sum()).item() == pytest.approx(0.5, abs=0.25)
     assert play(module, *flags([dqn_tbb, ppo_tbb][which], "--env-id", "Masked-v0"))[0] == 0
     assert_refused(play(module, "--env-id", "CartPole-v1"), "CartPole-v1", "action_mask")
 
@@ -252,8 +257,8 @@ def agent_and_batch(module, ranks):
     return args, agent.double(), module.compute_advantages(agent, rows, args)
 
 
-def gradients(module, args, agent, batch, lr):
-    optimizer, grads = torch.optim.SGD(agent.parameters(), lr), []
+def gradients(module, args, agent, batch):
+    optimizer, grads = torch.optim.SGD(agent.parameters(), lr=1e-7), []  # the returns are large
     for _ in range(UPDATES):
         module.update(agent, optimizer, batch, args)
         grads.append([p.grad.clone() for p in agent.parameters() if p.grad is not None])
@@ -265,14 +270,13 @@ def process_of(rank, path, folder):
     module = load_module(path, "data_parallel")
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     args, agent, batch = agent_and_batch(module, [rank])
-    grads = gradients(module, args, agent, batch, 0.1)
+    grads = gradients(module, args, agent, batch)
     torch.save((grads, len(module.transitions(batch[0]))), folder / f"{rank}.pt")
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     (path,) = environments.apply("data_parallel", tmp_path)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers"])
+    context = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")  # the latter is faster
     processes = [context.Process(target=process_of, args=(rank, path, tmp_path)) for rank in (0, 1)]
     for process in processes:
         process.start()
@@ -280,7 +284,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         process.join()
         assert process.exitcode == 0
     (a, n_a), (b, n_b) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    expected = gradients(ppo_tbb, *agent_and_batch(ppo_tbb, [0, 1]), 0.1)
+    expected = gradients(ppo_tbb, *agent_and_batch(ppo_tbb, [0, 1]))
     assert n_a != n_b
     for step in range(UPDATES):
         for x, y, z in zip(a[step], b[step], expected[step], strict=True):
@@ -329,3 +333,72 @@ def test_async_envs_same_seed_same_run(patched, play, tmp_path):
         assert play(module, *argv, folder=folder)[0] == 0
     assert outcome(checkpoint_of(tmp_path / "a")) == outcome(checkpoint_of(tmp_path / "b"))
     assert_refused(play(module, "--env-id", "CartPol-v1"), "CartPole")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# export
+
+
+def test_exported_policy_takes_the_same_actions(patched, tmp_path):
+    """Step by step in ONNX Runtime, with states that it returned itself; a second episode begins in the middle."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason=MISSING)
+    (module,) = patched("export")
+    _, envs, network, _ = make(module, memory=("lru", "mingru"))
+    torch.nn.init.normal_(network.head[-1].weight)
+    module.export(network, envs, tmp_path / "policy.onnx")
+    policy, state = onnxruntime.InferenceSession(tmp_path / "policy.onnx"), network.memory.initial_state(1)
+    onnx_state = {i.name: np.ones(i.shape, dtype=np.float32) for i in policy.get_inputs() if "state" in i.name}
+    rng, action, actions = np.random.default_rng(0), np.zeros(1, dtype=np.int64), set()
+    for step in range(40):
+        obs, start = rng.normal(size=(1, 2)).astype(np.float32), np.array([step in (0, 20)])
+        with torch.no_grad():
+            inputs = (torch.as_tensor(x)[None] for x in (obs, action, start))
+            expected, state = module.policy(network, *inputs, state, epsilon=0.0)
+        action, *states = policy.run(None, {"obs": obs, "previous_action": action, "start": start} | onnx_state)
+        onnx_state = dict(zip(onnx_state, states))
+        assert action == expected.numpy()
+        for x, y in zip(states, state, strict=True):
+            np.testing.assert_allclose(x, torch.view_as_real(y) if y.is_complex() else y, rtol=1e-3, atol=1e-4)
+        actions.add(action.item())
+    assert len(actions) > 1
+
+
+def test_export_of_a_checkpoint(patched, play, tmp_path):
+    pytest.importorskip("onnxscript", reason=MISSING)
+    (module,) = patched("export")
+    play(module, *flags(dqn_tbb, "--memory", "none"))
+    path = checkpoint_of(tmp_path)
+    assert play(module, "--evaluate", path, "--export", "policy.onnx")[0] == 0 and (tmp_path / "policy.onnx").exists()
+    assert_refused(play(module, *flags(dqn_tbb, "--export", "policy.onnx")), "--evaluate")
+    assert_refused(play(module, "--evaluate", path, "--export", "x.onnx", "--memory", "gru"), "lru, mingru and none")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other people's environments
+
+
+def test_table_of_environments_is_what_comes_out(tmp_path):
+    for package in ("minigrid", "ale_py", "mujoco", "Box2D"):
+        pytest.importorskip(package, reason=MISSING)
+    page = RECIPES / "README.md"
+    copy = Path(shutil.copy(page, tmp_path))
+    subprocess.run([sys.executable, RECIPES / "environments.py", copy], check=True)
+    assert copy.read_text() == page.read_text()
+    assert "Traceback" not in page.read_text() and page.read_text().count("| accepted") > 30
+
+
+@pytest.mark.parametrize("module, env_id", [("my_module", "MyEnv-v0"), ("my_minigrid", "Memory-v0")])
+def test_environments_of_the_project_readme(module, env_id, play, tmp_path, monkeypatch):
+    """The code that README shows, as it says where to write it and how to run it."""
+    text = ROOT.joinpath("README.md").read_text()
+    before, after = text.split(f"`{module}.py`", 1)
+    code = re.search(r"```python\n(.*?)```", after, re.S).group(1)
+    if module == "my_minigrid":
+        pytest.importorskip("minigrid", reason=MISSING)
+        code = re.search(r"`(import gymnasium.*?)`", before[-300:]).group(1) + "\n" + code
+    (tmp_path / f"{module}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert f"--env-id {module}:{env_id}" in text
+    argv = ["--env-id", f"{module}:{env_id}", "--max-episode-steps", 20]
+    status, out, err = play(dqn_tbb, *flags(dqn_tbb, *argv))
+    assert (status, err) == (0, "") and "final: " in out
