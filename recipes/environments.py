@@ -76,10 +76,13 @@ def table():
             scripts = apply(recipe, folder) if recipe else [ROOT / name for name in SCRIPTS]
             outcomes = {script.name: play(script, env_id) for script in scripts}
         for name in SCRIPTS:
-            message = outcomes.get(name)  # None: the recipe does not change this script
+            message = outcomes.get(name)
             if message and message not in messages:
                 messages.append(message)
-            cells.append(f"refused ({messages.index(message) + 1})" if message else "" if message is None else "accepted")
+            if name in outcomes:
+                cells.append(f"refused ({messages.index(message) + 1})" if message else "accepted")
+            else:  # the recipe does not change this script
+                cells.append("")
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for number, message in enumerate(messages, 1):
