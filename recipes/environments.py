@@ -86,7 +86,7 @@ def table():
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for number, message in enumerate(messages, 1):
-        lines += textwrap.wrap(f"{number}. `{message}`", 120, subsequent_indent="   ", break_on_hyphens=False)
+        lines += textwrap.wrap(f"{number}. {message}", 120, subsequent_indent="   ", break_on_hyphens=False)
     return "\n".join(lines) + "\n"
 
 
