@@ -15,7 +15,7 @@ import random
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -88,6 +88,8 @@ class Args:
     """the maximum norm of the gradient"""
     memory: tuple[Literal[*MEMORIES], ...] = ("lru",)
     """the memory model: one name for two layers of it, several for one layer of each, in that order"""
+    memory_kwargs: dict[str, int | float] = field(default_factory=dict)
+    """arguments of the memory model, for example --memory-kwargs horizon 100000 d_state 64 num_layers 1"""
     d_model: int = 128
     """the width of the network"""
     previous_action: bool = True
@@ -199,7 +201,7 @@ class QNetwork(nn.Module):
         d, self.num_actions, self.previous_action = args.d_model, int(envs.single_action_space.n), args.previous_action
         features = envs.single_observation_space.shape[0] + self.num_actions * self.previous_action
         self.encoder = nn.Sequential(nn.Linear(features, d), nn.GELU(), nn.Linear(d, d))
-        self.memory = make_memory(args.memory, d)
+        self.memory = make_memory(args.memory, d, **args.memory_kwargs)
         self.head = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 1 + self.num_actions))
         # Q starts near 0, so early targets are rewards, not initialisation noise
         nn.init.orthogonal_(self.head[-1].weight, 0.01)
@@ -308,21 +310,22 @@ if __name__ == "__main__":
             fail(f"{path} is not a complete checkpoint of {script} ({type(error).__name__})")
         if ":" in defaults.env_id and args.env_id != defaults.env_id:
             fail(f"{path} imports a module: add --env-id {defaults.env_id} if you trust it")
-        args = tyro.cli(Args, description=__doc__, default=defaults)
+        args = tyro.cli(Args, description=__doc__, default=replace(defaults, env_kwargs={}, memory_kwargs={}))
+        args.env_kwargs = defaults.env_kwargs | args.env_kwargs
+        args.memory_kwargs = defaults.memory_kwargs | args.memory_kwargs
     args.check()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tensors this small gain little from more
     # glibc then keeps the memory of an update for the next one: a tenth of the time (mallopt(3), M_MMAP_THRESHOLD)
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-
     torch.manual_seed(args.seed)
     envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes, args.capture_video)
-    q_network = QNetwork(envs, args).to(device)
-    target_network = copy.deepcopy(q_network)
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
     run_name = f"{args.env_id}__{args.exp_name}__{'_'.join(args.memory)}__{args.seed}__{int(time.time())}_{os.getpid()}"
     path = path or f"runs/{run_name.replace('/', '_')}/checkpoint.pt"
     try:
+        q_network = QNetwork(envs, args).to(device)
+        target_network = copy.deepcopy(q_network)
+        optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
         buffer = Segments(args, envs, device)
         learners = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
         for name, learner in learners.items() if saved else ():
@@ -331,11 +334,10 @@ if __name__ == "__main__":
         iteration, global_step, num_updates, eval_return, seconds = counters
         if not args.evaluate:  # purge_step: what was logged after the checkpoint does not count twice
             writer = SummaryWriter(os.path.dirname(path) or ".", purge_step=global_step + 1 if saved else None)
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # other shapes, no room
-        fail(f"{path}: {' '.join(str(error).split())[:300]}")
-    networks = [q_network, target_network]
-    if args.compile:
-        networks = [torch.compile(network, mode="reduce-overhead", dynamic=False) for network in networks]
+    except (ArithmeticError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        fail(f"{path}: {' '.join(str(error).split())[:300]}")  # --memory-kwargs, a checkpoint of other shapes, no room
+    compiled = partial(torch.compile, mode="reduce-overhead", dynamic=False) if args.compile else nn.Identity()
+    networks = [compiled(q_network), compiled(target_network)]
     if args.evaluate:
         returns = evaluate(eval_envs, q_network, args)
         eval_envs.close()  # writes the video
@@ -360,13 +362,11 @@ if __name__ == "__main__":
         iteration, global_step = iteration + 1, global_step + sum(lengths)
         metrics = {"charts/learning_rate": lr, "charts/epsilon": epsilon, "charts/episodic_length": np.mean(lengths)}
         metrics["charts/episodic_return"] = episodic_return = np.mean([episode.reward.sum() for episode in episodes])
-
         # ALGO LOGIC: training
         while num_updates * args.train_frequency < global_step - args.learning_starts:
             batch = buffer.sample(args.batch_size, np.random.default_rng((args.seed, 2, num_updates)))
             metrics |= update(*networks, optimizer, batch, args)
             num_updates += 1
-
         finished = global_step >= args.total_timesteps
         evaluated = finished or evaluations < global_step // args.eval_frequency
         if evaluated:

@@ -268,13 +268,15 @@ class LRUCell(Cell):
         h_t = lambda h_{t-1} + exp(gamma_log) B x_t        y_t = Re(C h_t) + D x_t            (their eq. 1 and 7)
         lambda = exp(-exp(nu_log) + i exp(theta_log)),     so that |lambda| < 1               (stable)
 
-    At initialisation lambda is uniform on the ring r_min <= |lambda| <= r_max (Lemma 3.2), gamma = sqrt(1 - |lambda|^2)
-    gives the state the variance of its input, and B and C are Glorot-initialised.
+    At initialisation lambda is uniform on the ring r_min <= |lambda| <= r_max (Lemma 3.2): states decay by 1/e in
+    horizon/100 to horizon rows. gamma = sqrt(1 - |lambda|^2) gives the state the variance of its input, and B and C are
+    Glorot-initialised.
     """
 
-    def __init__(self, d_model, d_state=128, r_min=0.9, r_max=0.999, max_phase=2 * math.pi):
+    def __init__(self, d_model, d_state=128, horizon=1000, max_phase=2 * math.pi):
         super().__init__()
         self.state_shape, self.is_complex = (d_state,), True
+        r_min, r_max = max(0, 1 - 100 / horizon), 1 - 1 / horizon
         squared = torch.rand(d_state) * (r_max**2 - r_min**2) + r_min**2  # |lambda|^2
         self.nu_log = nn.Parameter(torch.log(-0.5 * torch.log(squared)))
         self.theta_log = nn.Parameter(torch.log(max_phase * torch.rand(d_state)))
@@ -299,11 +301,12 @@ class S5Cell(Cell):
         y_t = 2 Re(C h_t) + D x_t                                       (one of each conjugate pair is kept)
 
     At initialisation Lambda holds the eigenvalues of `blocks` HiPPO-N matrices, B and C are rotated into their
-    eigenvectors V (B~ = V* B, C~ = C V), and the time steps Delta, one for each state, are log-uniform in [dt_min,
-    dt_max]. Re Lambda = -exp(.) < 0 keeps the state stable on long tapes (Goel et al. 2022).
+    eigenvectors V (B~ = V* B, C~ = C V), and the time steps Delta, one for each state, are log-uniform, such that
+    states decay by 1/e in horizon/100 to horizon rows. Re Lambda = -exp(.) < 0 keeps the state stable on long tapes
+    (Goel et al. 2022).
     """
 
-    def __init__(self, d_model, d_state=128, blocks=8, dt_min=0.001, dt_max=0.1):
+    def __init__(self, d_model, d_state=128, blocks=8, horizon=2000):
         super().__init__()
         if d_state % blocks:
             raise ValueError(f"S5: d_state ({d_state}) must be a multiple of blocks ({blocks})")
@@ -318,7 +321,7 @@ class S5Cell(Cell):
         C = torch.view_as_complex(torch.randn(d_model, blocks, n, 2)) * (blocks * n) ** -0.5
         self.log_real = nn.Parameter(torch.full((d_state,), math.log(0.5)))
         self.imag = nn.Parameter(imag.repeat(blocks))
-        self.log_dt = nn.Parameter(torch.empty(d_state).uniform_(math.log(dt_min), math.log(dt_max)))
+        self.log_dt = nn.Parameter(torch.empty(d_state).uniform_(math.log(2 / horizon), math.log(200 / horizon)))
         self.B = nn.Parameter(torch.view_as_real((V.mH @ B.to(V.dtype)).flatten(0, 1)).transpose(1, 2).contiguous())
         self.C = nn.Parameter(torch.view_as_real((C @ V).flatten(1).conj().resolve_conj()))
         self.D = nn.Parameter(torch.randn(d_model))
@@ -410,7 +413,7 @@ class MinGRUCell(Cell):
     horizon]: where the input is 0, a state decays by 1/e in about u rows.
     """
 
-    def __init__(self, d_model, d_state=256, horizon=1000):
+    def __init__(self, d_model, d_state=192, horizon=1000):
         super().__init__()
         self.state_shape = (d_state,)
         self.gate = nn.Linear(d_model, d_state)

@@ -14,7 +14,7 @@ import random
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -86,6 +86,8 @@ class Args:
     """the target KL divergence threshold: an iteration's epochs end once it is exceeded"""
     memory: tuple[Literal[*MEMORIES], ...] = ("lru",)
     """the memory model: one name for two layers of it, several for one layer of each, in that order"""
+    memory_kwargs: dict[str, int | float] = field(default_factory=dict)
+    """arguments of the memory model, for example --memory-kwargs horizon 100000 d_state 64 num_layers 1"""
     d_model: int = 128
     """the width of the network"""
     previous_action: bool = True
@@ -199,7 +201,7 @@ class Agent(nn.Module):
         outputs = sum(self.nvec) or space.shape[0]
         features = envs.single_observation_space.shape[0] + outputs * self.previous_action
         self.encoder = nn.Sequential(nn.Linear(features, d), nn.GELU(), nn.Linear(d, d))
-        self.memory = make_memory(args.memory, d)
+        self.memory = make_memory(args.memory, d, **args.memory_kwargs)
         self.actor = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, outputs))
         self.critic = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 1))
         self.actor_logstd = nn.Parameter(torch.zeros(0 if self.nvec else outputs))
@@ -307,20 +309,21 @@ if __name__ == "__main__":
             fail(f"{path} is not a complete checkpoint of {script} ({type(error).__name__})")
         if ":" in defaults.env_id and args.env_id != defaults.env_id:
             fail(f"{path} imports a module: add --env-id {defaults.env_id} if you trust it")
-        args = tyro.cli(Args, description=__doc__, default=defaults)
+        args = tyro.cli(Args, description=__doc__, default=replace(defaults, env_kwargs={}, memory_kwargs={}))
+        args.env_kwargs = defaults.env_kwargs | args.env_kwargs
+        args.memory_kwargs = defaults.memory_kwargs | args.memory_kwargs
     args.check()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tensors this small gain little from more
     # glibc then keeps the memory of an update for the next one: a tenth of the time (mallopt(3), M_MMAP_THRESHOLD)
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-
     torch.manual_seed(args.seed)
     envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes, args.capture_video)
-    agent = Agent(envs, args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     run_name = f"{args.env_id}__{args.exp_name}__{'_'.join(args.memory)}__{args.seed}__{int(time.time())}_{os.getpid()}"
     path = path or f"runs/{run_name.replace('/', '_')}/checkpoint.pt"
     try:
+        agent = Agent(envs, args).to(device)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         learners = {"agent": agent, "optimizer": optimizer}
         for name, learner in learners.items() if saved else ():
             learner.load_state_dict(saved["learners"][name])
@@ -328,8 +331,8 @@ if __name__ == "__main__":
         iteration, global_step, eval_return, seconds = counters
         if not args.evaluate:  # purge_step: what was logged after the checkpoint does not count twice
             writer = SummaryWriter(os.path.dirname(path) or ".", purge_step=global_step + 1 if saved else None)
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # other shapes, no room
-        fail(f"{path}: {' '.join(str(error).split())[:300]}")
+    except (ArithmeticError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        fail(f"{path}: {' '.join(str(error).split())[:300]}")  # --memory-kwargs, a checkpoint of other shapes, no room
     network = torch.compile(agent, mode="reduce-overhead", dynamic=False) if args.compile else agent
     if args.evaluate:
         returns = evaluate(eval_envs, agent, args)
@@ -352,7 +355,6 @@ if __name__ == "__main__":
         iteration, global_step = iteration + 1, global_step + sum(lengths)
         metrics = {"charts/learning_rate": lr, "charts/episodic_length": np.mean(lengths)}
         metrics["charts/episodic_return"] = episodic_return = np.mean([episode.reward.sum() for episode in episodes])
-
         # ALGO LOGIC: training
         rows = Rows(*(torch.as_tensor(np.concatenate(x), device=device)[:, None] for x in zip(*episodes)))
         batch, rng = compute_advantages(agent, rows, args), np.random.default_rng((args.seed, 2, iteration))
@@ -363,7 +365,6 @@ if __name__ == "__main__":
                 break
         advantage, returns = (x[transitions(rows)] for x in (batch[3], batch[2] + batch[3]))
         metrics["losses/explained_variance"] = 1 - advantage.var(correction=0) / returns.var(correction=0)
-
         finished = global_step >= args.total_timesteps
         evaluated = finished or evaluations < global_step // args.eval_frequency
         if evaluated:

@@ -106,13 +106,13 @@ HEADER = "update,memory,d_model,threads,transitions,rows,ms,us a row,bare ms,x b
 
 def table(contestants, seconds):
     """contestants {(name, memory, d_model, transitions): (rows, update, the same one not compiled or None)} -> rows"""
-    time, found = {}, []
+    calls, found = {}, []
     for key, (_, f, plain) in contestants.items():
-        calls = {key: f}
+        calls[key] = f
         if plain:
             plain()
             calls[key, "bare"] = MatrixProducts(plain).replay
-        time |= measure.interleaved(calls, seconds)
+    time = measure.interleaved(calls, seconds)
     for key, (rows, f, _) in contestants.items():
         name, memory, d_model, transitions = key
         bare = time.get((key, "bare"), math.nan)

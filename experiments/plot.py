@@ -1,12 +1,12 @@
-"""Draws the figures of the experiments whose results are there, and writes their tables into README.md.
+"""Draws the figures of the experiments whose results are there, and writes their tables into README.md and popgym.md.
 
     python experiments/plot.py                       # all of them
     python experiments/plot.py sensitivity recall
 
 Reads experiments/results/NAME.csv (see sweep.py) and benchmarks/returns.csv. Writes experiments/figures/NAME*.png,
-prints every table as Markdown and puts it into experiments/README.md between `<!-- table: NAME -->` and `<!-- end -->`.
-An interval is the 95% percentile bootstrap interval of a mean over seeds; in a mean over tasks, seeds are resampled
-within each task. One seed has no interval.
+prints every table as Markdown and puts it into experiments/README.md (popgym: popgym.md) between
+`<!-- table: NAME -->` and `<!-- end -->`. An interval is the 95% percentile bootstrap interval of a mean over seeds; in
+a mean over tasks, seeds are resampled within each task. One seed has no interval.
 """
 
 import argparse
@@ -22,27 +22,22 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import EngFormatter
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, trim_mean
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+
+
+def read(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
 # tasks, methods, memories and variants are shown in these orders
-TASKS = {  # the mean return of 1,000 episodes of random actions, and a bound: the sum of the largest rewards
-    "RepeatPreviousEasy": (-0.50, 1.0),
-    "RepeatPreviousMedium": (-0.50, 1.0),
-    "RepeatPreviousHard": (-0.50, 1.0),
-    "RepeatFirstEasy": (-0.50, 1.0),
-    "CountRecallEasy": (-0.93, 1.0),
-    "HigherLowerEasy": (0.01, 1.0),
-    "MineSweeperEasy": (-0.23, 1.0),
-    "BattleshipEasy": (-0.44, 1.0),
-    "PositionOnlyCartPoleEasy": (0.11, 1.0),
-    "NoisyPositionOnlyCartPoleEasy": (0.11, 1.0),
-    "PositionOnlyPendulumEasy": (0.24, 1.0),
-    "AutoencodeEasy": (-0.50, 1.0),
-}
+POPGYM = {row["task"]: float(row["return"]) for row in read(ROOT / "experiments" / "popgym_random.csv")}
+TASKS = {task: (x, 1.0) for task, x in POPGYM.items()}  # mean return of random actions, and a bound on the return
 METHODS = {"dqn_tbb": "TBB", "dqn_sbb": "SBB", "ppo_tbb": "PPO, TBB", "recurrent_ppo": "RecurrentPPO"}
 MEMORIES = {"lru": "LRU", "s5": "S5", "ffm": "FFM", "linear_transformer": "linear transformer", "mingru": "minGRU"}
 MEMORIES |= {"lru mingru": "LRU + minGRU", "gru": "GRU", "none": "none", "": "LSTM"}
@@ -57,17 +52,12 @@ SCORES = {  # of a run
 }
 LINES = [("black", "-", "o"), ("#cc5500", "--", "s"), ("#0072b2", "-.", "^"), ("#009e73", ":", "D")]
 LINES += [("#888888", (0, (6, 1)), "v"), ("#aa4499", (0, (1, 1)), "P")]
-BARS = [("black", ""), ("#bbbbbb", "//"), ("white", ".."), ("#777777", "xx"), ("white", "\\\\")]
+BARS = [("black", ""), ("#bbbbbb", "//"), ("white", ".."), ("#777777", "xx"), ("white", "\\\\"), ("white", "")]
 SPREAD = "mean and 95% bootstrap interval"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs, and means over them
-
-
-def read(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
 
 
 def runs_of(rows):
@@ -100,20 +90,29 @@ def unique(runs, name):
     return list(dict.fromkeys(run[name] for run in runs))
 
 
-def interval(*strata):
-    """(mean, low, high) of (seeds, ...) arrays, a stratum each: the mean over strata of the mean over seeds."""
-    mean = lambda *x, axis: sum(stratum.mean(axis) for stratum in x) / len(x)
-    center = mean(*strata, axis=0)
+def mean_of_means(*strata, axis):
+    return sum(stratum.mean(axis) for stratum in strata) / len(strata)
+
+
+def interquartile_mean(*strata, axis):
+    """The mean of the middle half of all values: few very good or very bad tasks don't decide (arXiv 2108.13264)."""
+    return trim_mean(np.concatenate(strata, axis), 0.25, axis)
+
+
+def interval(*strata, statistic=mean_of_means):
+    """(statistic, low, high) of (seeds, ...) arrays, a stratum each, by default the mean over strata of the means."""
+    center = statistic(*strata, axis=0)
     if min(map(len, strata)) < 2:
         return center, center * np.nan, center * np.nan
     rng = np.random.default_rng(0)
-    found = bootstrap(strata, mean, axis=0, n_resamples=2000, method="percentile", vectorized=True, rng=rng)
+    found = bootstrap(strata, statistic, axis=0, n_resamples=2000, method="percentile", vectorized=True, rng=rng)
     return center, *found.confidence_interval
 
 
-def over_tasks(score, runs):
+def over_tasks(score, runs, **kwargs):
     """interval() of the runs' scores, with a stratum for each task."""
-    return interval(*(np.array([score(run) for run in group]) for group in grouped(runs, "task").values()))
+    strata = (np.array([score(run) for run in group]) for group in grouped(runs, "task").values())
+    return interval(*strata, **kwargs)
 
 
 def normalised(score):
@@ -175,7 +174,7 @@ def save(figure, title, folder, name, legend):
     title = "\n".join(textwrap.fill(line, int(14 * width)) for line in title.split("\n"))
     figure.suptitle(title, fontsize=10)
     handles, labels = legend.get_legend_handles_labels()
-    columns = min(len(labels), max(1, int(width / 1.6)))
+    columns = min(len(labels), max(1, int(width / max(1.6, 0.5 + 0.065 * max(map(len, labels))))))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
     (folder / "figures").mkdir(exist_ok=True)
     figure.savefig(path := folder / "figures" / f"{name}.png", dpi=130)
@@ -192,8 +191,8 @@ def text(x):
     return " ".join([number(mean), *[f"[{number(low)}, {number(high)}]"] * bool(low == low), *remark])
 
 
-def write(rows, runs, folder, name, across=""):
-    """Prints rows (dicts) as a Markdown table with the seeds of its runs, and writes it into README.md if there is one.
+def write(rows, runs, folder, name, across="", page="README.md"):
+    """Prints rows (dicts) as a Markdown table with the seeds of its runs, and writes it into the page if there is one.
 
     across: rows of which only this and `value` differ become one row, with a column for each value of this column.
     """
@@ -207,7 +206,7 @@ def write(rows, runs, folder, name, across=""):
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     table += f"\n\n{seeds(runs).capitalize()}."
     print(f"\n{name}\n\n{table}\n")
-    if (page := folder / "README.md").exists():
+    if (page := folder / page).exists():
         marked = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         before, begin, end, after = re.split(marked, page.read_text(), flags=re.DOTALL)  # there is one place for it
         page.write_text(f"{before}{begin}\n{table}\n\n{end}{after}")
@@ -217,17 +216,19 @@ def write(rows, runs, folder, name, across=""):
 # The experiments: each draws its figures and writes its tables
 
 
-def curves(runs, axis, xlabel, label, rows=False):
-    """A panel for each task (rows: for each task and memory), and in it a line for each value of the column `label`."""
-    tasks, memories = unique(runs, "task"), unique(runs, "memory") if rows else [None]
-    figure, axes = panels(*((len(tasks), len(memories), 3.2, 2.4) if rows else (1, len(tasks), 4.5, 3.2)), sharey="row")
-    for ax, (task, memory) in zip(axes.flat, itertools.product(tasks, memories)):
-        here = [run for run in runs if run["task"] == task and memory in (None, run["memory"])]
+def curves(runs, axis, xlabel, label, columns="task", rows=None):
+    """A line for each value of `label`; a column of panels for each value of `columns`, a row for each of `rows`."""
+    downs, acrosses = unique(runs, rows) if rows else [None], unique(runs, columns)
+    size = (3.2, 2.4) if rows else (4.5, 3.2)
+    figure, axes = panels(len(downs), len(acrosses), *size, sharey="row")
+    for ax, (down, across) in zip(axes.flat, itertools.product(downs, acrosses)):
+        here = [run for run in runs if run[columns] == across and (not rows or run[rows] == down)]
+        ax.set_visible(bool(here))
         for (name,), some in grouped(here, label).items():
             grid = np.linspace(max(run[axis][0] for run in some), min(run[axis][-1] for run in some), 41)
             band = interval(np.stack([np.interp(grid, run[axis], run["eval_return"]) for run in some]))
             draw_band(ax, grid, band, name, unique(runs, label).index(name))
-        ax.set_title(f"{task}, {memory}" if rows else task, fontsize=9)
+        ax.set_title(f"{down}, {across}" if rows else across, fontsize=9)
         ax.set_xlabel(xlabel)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.grid(alpha=0.3)
@@ -238,7 +239,7 @@ def curves(runs, axis, xlabel, label, rows=False):
 
 def sample_efficiency(runs, folder):
     """Best and worst segment length are those of the mean over tasks, selected with knowledge of the results."""
-    figure, legend = curves(runs, "step", "environment steps", "method", rows=True)
+    figure, legend = curves(runs, "step", "environment steps", "method", columns="memory", rows="task")
     title = f"Return of greedy episodes\n{SPREAD}, {seeds(runs)}"
     save(figure, title, folder, "sample_efficiency_curves", legend)
     figure, axes = panels(1, len(SCORES), 5.5, 3.5, sharey=True)
@@ -430,6 +431,58 @@ def defaults(runs, folder):
     write(sorted(table, key=lambda row: row["script"]), runs, folder, "defaults")
 
 
+def popgym(runs, folder):
+    """All tasks, played or not, beside the best published return; `difference` is that to it of the best of ours."""
+    label = lambda run: f"{run['script']}, {run['memory']}, {int(run['total_timesteps']):,} steps"
+    level = lambda run: dict(zip(("family", "level"), re.fullmatch("(.+)(Easy|Medium|Hard)", run["task"]).groups()))
+    order = lambda run: (list(METHODS).index(run["script"]), list(MEMORIES.values()).index(run["memory"]))
+    runs = [run | level(run) | {"label": label(run)} for run in runs]
+    labels = unique(sorted(runs, key=order), "label")
+    figure, legend = curves(runs, "step", "environment steps", "label", columns="level", rows="family")
+    save(figure, f"Return of greedy episodes\n{SPREAD}, {seeds(runs)}", folder, "popgym_curves", legend)
+
+    by_return = sorted(read(ROOT / "experiments" / "popgym_published.csv"), key=lambda row: float(row["return"]))
+    published = {row["task"]: row for row in by_return}  # the best comes last
+    played, table = grouped(runs, "task", "label"), []
+    for task, random_actions in POPGYM.items():
+        row = {"task": task, "random actions": random_actions} | dict.fromkeys(labels, "")
+        for name in labels:
+            if some := played.get((task, name)):
+                seconds = f"in {np.mean([run['seconds'][-1] for run in some]):.0f} s"
+                row[name] = (*over_tasks(SCORES["final return"], some), seconds)
+        if best := published.get(task):
+            row |= {"best published": best["return"], "by": f"{best['method']} ({best['measure']})"}
+            row |= {"after steps": f"{int(best['steps']):,}"}
+            if ours := [row[name][0] for name in labels if row[name] and not name.startswith("recurrent_ppo")]:
+                row["difference"] = max(ours) - float(best["return"])
+        table.append(row)
+    write(table, runs, folder, "popgym", page="popgym.md")
+    aggregate(runs, labels, folder)
+
+
+def aggregate(runs, labels, folder):
+    """Interquartile means over the tasks that all memories of a script have played, for all that has played these."""
+    tasks = {name: set(unique(some, "task")) for (name,), some in grouped(runs, "label").items()}
+    shared, series, table = {}, {name: [] for name in labels}, []
+    for (script, steps), some in grouped(runs, "script", "total_timesteps").items():
+        if common := set.intersection(*(tasks[name] for name in unique(some, "label"))):
+            shared[f"{len(common)} tasks of {script}, {int(steps):,} steps"] = common
+    if not shared:
+        return
+    for name, (group, common) in itertools.product(labels, shared.items()):
+        own = [run for run in runs if run["label"] == name and run["task"] in common]
+        whole = common <= tasks[name]
+        value = over_tasks(normalised("final return"), own, statistic=interquartile_mean) if whole else ""
+        series[name].append(value or (np.nan, np.nan, np.nan))
+        table.append({"method": name, "tasks": group, "value": value})
+    figure, axes = panels(1, 1, 3 * len(shared) + 2, 3.5)
+    draw_bars(axes[0, 0], shared, series)
+    axes[0, 0].set_ylabel("normalised return (0: random actions)")
+    title = f"Interquartile mean over tasks and seeds, and 95% bootstrap interval\n{seeds(runs)}"
+    save(figure, title, folder, "popgym", axes[0, 0])
+    write(table, runs, folder, "popgym_aggregate", across="tasks", page="popgym.md")
+
+
 def returns(rows, folder):
     """From benchmarks/returns.py: milliseconds for a tape of so many episodes. benchmarks/README.md has the tables."""
     *rows, last_line = rows  # which says where it was measured
@@ -451,6 +504,7 @@ def returns(rows, folder):
 
 
 EXPERIMENTS = [sample_efficiency, sensitivity, padding, wall_clock, returns, recall, ablations, memories, defaults]
+EXPERIMENTS += [popgym]
 
 
 def main():

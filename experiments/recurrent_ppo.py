@@ -2,13 +2,15 @@
 
     python experiments/recurrent_ppo.py --env-id popgym-RepeatPreviousMedium-v0 --total-timesteps 250000
 
-Other arguments are its defaults. Tags in TensorBoard: charts/eval_return (greedy episodes on a fresh
-environment) and charts/episodic_return (the last 100 training episodes).
+Other arguments are its defaults; observations are flattened, because it takes no tuples. Tags in TensorBoard:
+charts/eval_return (greedy episodes on a fresh environment) and charts/episodic_return (the last 100 training episodes).
 """
 
 import argparse
 import time
+from functools import partial
 
+import gymnasium as gym
 import numpy as np
 import popgym  # noqa: F401  registers popgym-*
 from sb3_contrib import RecurrentPPO
@@ -54,8 +56,9 @@ if __name__ == "__main__":
     parser.add_argument("--eval-frequency", type=int, default=10_000)
     parser.add_argument("--eval-episodes", type=int, default=32)
     args = parser.parse_args()
-    envs = make_vec_env(args.env_id, args.num_envs, args.seed)
-    callback = Evaluate(make_vec_env(args.env_id, args.eval_episodes, args.seed + 1_000_000), args)
+    make_envs = partial(make_vec_env, args.env_id, wrapper_class=gym.wrappers.FlattenObservation)
+    envs = make_envs(args.num_envs, args.seed)
+    callback = Evaluate(make_envs(args.eval_episodes, args.seed + 1_000_000), args)
     sizes = dict(n_steps=args.num_steps, batch_size=512, n_epochs=4)  # with these it solves Easy: benchmarks/ppo.py
     model = RecurrentPPO("MlpLstmPolicy", envs, **sizes, seed=args.seed, device="cpu")
     start_time = time.time()

@@ -33,7 +33,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+import gymnasium as gym
 import numpy as np
+import popgym  # noqa: F401  registers popgym-*
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 from tqdm import tqdm
@@ -45,6 +47,7 @@ ROOT = Path(__file__).parent.parent.absolute()
 
 TBB, SBB, PPO, RECURRENT_PPO = "dqn_tbb.py", "dqn_sbb.py", "ppo_tbb.py", "experiments/recurrent_ppo.py"
 MONOIDS = ["lru", "s5", "ffm", "linear_transformer"]
+MEMORIES = [*MONOIDS, "mingru", "lru mingru", "gru", "none"]
 LENGTHS = [10, 20, 50, 100]
 TASKS = {
     "RepeatPreviousEasy": 8_000,
@@ -57,9 +60,22 @@ TASKS = {
 MORE_TASKS = TASKS | {"HigherLowerEasy": 10_000, "NoisyPositionOnlyCartPoleEasy": 20_000}
 GAMES = ["HigherLowerEasy", "MineSweeperEasy", "BattleshipEasy"]
 CONTROL = ["PositionOnlyCartPoleEasy", "NoisyPositionOnlyCartPoleEasy", "PositionOnlyPendulumEasy"]
+POPGYM = [name[len("popgym-") : -len("-v0")] for name in gym.registry if name.startswith("popgym-")]  # Easy first
+DISCRETE = [task for task in POPGYM if "Pendulum" not in task]
 FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer is an observation of long ago
 SMALL = ["--d-model", "64", "--learning-rate", "1e-3"]  # hundreds of runs: half the width, a third of the time
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
+
+
+def t_maze(n, memory, **kwargs):
+    """A corridor of n steps that moves the agent; 300 episodes, and after each of them an update of eight episodes."""
+    flags = ["--env-kwargs", "corridor_length", n, "walk", "False", "--no-previous-action", "--num-envs", 16]
+    flags += ["--batch-size", 8 * n, "--train-frequency", n, "--learning-starts", 8 * n, "--buffer-size", 400 * n]
+    flags += ["--gamma", 0.5, "--d-model", 32, "--learning-rate", 1e-3, "--exploration-fraction", 0.5]
+    flags += ["--memory-kwargs", *itertools.chain(*kwargs.items())] if kwargs else []
+    return dict(script=[TBB], task={"experiments.tmaze:TMaze": 300 * n}, memory=memory, flags=[*map(str, flags)])
+
+
 LRU = dict(script=[TBB], task=TASKS, memory=["lru"], flags=SMALL)
 
 EXPERIMENTS = {
@@ -84,12 +100,23 @@ EXPERIMENTS = {
         dict(script=[SBB], task=TASKS, memory=["lru"], segment_length=[20], variant=["", "burn_in"], flags=SMALL),
     ],
     "memories": [
-        LRU | dict(task=MORE_TASKS, memory=[*MONOIDS, "mingru", "gru", "none"]),
-        LRU | dict(task=MORE_TASKS, memory=["lru mingru"]),
+        LRU | dict(task=MORE_TASKS, memory=MEMORIES),
+        dict(script=[PPO], task=dict.fromkeys(MORE_TASKS, 100_000), memory=MEMORIES, flags=["--d-model", "64"]),
+    ],
+    "t_maze": [
+        *(t_maze(n, ["lru", "s5", "mingru", "lru mingru"], horizon=100 * n, d_state=64) for n in (50, 250, 1000)),
+        *(t_maze(n, ["ffm"], horizon=100 * n) for n in (50, 250, 1000)),
+        *(t_maze(n, ["linear_transformer", "gru", "none"]) for n in (50, 250, 1000)),
+        *(t_maze(n, ["lru"], horizon=100 * n, d_state=64) for n in (4000, 10_000)),
     ],
     "defaults": [
         dict(script=[TBB], task=dict.fromkeys([*TASKS, *GAMES], 40_000), memory=["lru"]),
         dict(script=[PPO], task=dict.fromkeys(["RepeatPreviousEasy", *CONTROL], 250_000), memory=["lru", "none"]),
+    ],
+    "popgym": [
+        dict(script=[PPO], task=dict.fromkeys(POPGYM, 250_000), memory=["none", "lru", "mingru", "lru mingru"]),
+        dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
+        dict(script=[RECURRENT_PPO], task=dict.fromkeys([*MORE_TASKS, *GAMES, *CONTROL], 250_000)),
     ],
 }
 EVALUATIONS = 10  # in a run
@@ -123,8 +150,12 @@ class Run(NamedTuple):
         return " ".join(part for part in (*parts, f"{self.total_timesteps} steps", f"seed {self.seed}") if part)
 
     @property
+    def env_id(self):
+        return f"{self.task if ':' in self.task else f'popgym-{self.task}'}-v0"
+
+    @property
     def columns(self):
-        named = dict(run=self.key, script=Path(self.script).stem, env_id=f"popgym-{self.task}-v0", memory=self.memory)
+        named = dict(run=self.key, script=Path(self.script).stem, env_id=self.env_id, memory=self.memory)
         named |= dict(segment_length=self.segment_length, seed=self.seed, variant=self.variant)
         return named | dict(total_timesteps=self.total_timesteps)
 
@@ -135,7 +166,7 @@ COLUMNS = [*Run("", "").columns, "step", "seconds", "eval_return", *(tag.split("
 
 def command(run):
     """The script's arguments, itself excluded."""
-    flags = ["--env-id", f"popgym-{run.task}-v0", "--seed", run.seed, "--total-timesteps", run.total_timesteps]
+    flags = ["--env-id", run.env_id, "--seed", run.seed, "--total-timesteps", run.total_timesteps]
     flags += ["--eval-frequency", max(1, run.total_timesteps // EVALUATIONS)]
     flags += ["--memory", *run.memory.split()] if run.memory else []
     flags += ["--segment-length", run.segment_length] if run.segment_length else []
@@ -204,18 +235,21 @@ def read_log(run, folder):
 
 
 def runs_of(name, seeds, tasks=None, smoke=False):
-    """The runs of an experiment's table. A smoke test's are short, and of each line's first task, memory and length."""
+    """The runs of an experiment's table, seed by seed, so that those of the first seed are a whole table early.
+
+    A smoke test's are short, and of each line's first task, memory and length, and of the first seed.
+    """
     runs = []
-    for line in EXPERIMENTS[name]:
-        axes = {axis: list(line.get(axis, [""])) for axis in Run._fields[:5]} | {"seed": seeds}
+    for seed, line in itertools.product(seeds[:1] if smoke else seeds, EXPERIMENTS[name]):
+        axes = {axis: list(line.get(axis, [""])) for axis in Run._fields[:5]}
         flags = line.get("flags", [])
         if smoke:
-            axes |= {axis: axes[axis][:1] for axis in ("task", "memory", "segment_length", "seed")}
+            axes |= {axis: axes[axis][:1] for axis in ("task", "memory", "segment_length")}
             flags = [*flags, *SMOKE, *SMOKE_MORE[line["script"][0]]]
         for script, task, *rest in itertools.product(*axes.values()):
             if not tasks or task in tasks:
                 steps = SMOKE_TIMESTEPS if smoke else line["task"][task]
-                runs.append(Run(script, task, *rest, steps, tuple(flags)))
+                runs.append(Run(script, task, *rest, seed, steps, tuple(flags)))
     return runs
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -206,6 +207,48 @@ def test_prioritised_loss_is_weighted(patched):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The T-maze
+
+
+@pytest.fixture
+def t_maze(monkeypatch):
+    monkeypatch.syspath_prepend(SWEEP.parent)
+
+    def play(actions, **kwargs):
+        """(observations, rewards, the side of the goal) of an episode that these actions end."""
+        env = gym.make("tmaze:TMaze-v0", **kwargs)
+        (first, _), steps = env.reset(seed=0), []
+        for action in actions:
+            assert not steps or not steps[-1][2]
+            steps.append(env.step(action))
+        assert steps[-1][2] and not any(truncated for *_, truncated, _ in steps)
+        return [first.tolist(), *(obs.tolist() for obs, *_ in steps)], [reward for _, reward, *_ in steps], first[1]
+
+    return play
+
+
+def test_t_maze_shows_the_goal_once_and_rewards_the_turn(t_maze):
+    right, up, left, down = range(4)
+    obs, rewards, goal = t_maze([right, right, right, up], corridor_length=3)
+    assert obs == [[0, goal], [0, 0], [0, 0], [1, 0], [1, 0]] and abs(goal) == 1
+    assert rewards == [0, 0, 0, goal == 1]
+    assert t_maze([right, right, right, down], corridor_length=3)[1] == [0, 0, 0, goal == -1]
+    assert t_maze([right, right, right, left], corridor_length=3)[1] == [0, 0, 0, 0]
+    obs, rewards, _ = t_maze([right, up, right, up], corridor_length=3)  # a step late: no junction, no goal
+    assert obs == [[0, goal], [0, 0], [0, 0], [0, 0], [0, 0]] and rewards == [0, -1 / 3, -1 / 3, 0]
+    assert t_maze([right, left, left, right, right, up], corridor_length=5)[1] == [0, *4 * [-1 / 5], 0]
+
+
+def test_t_maze_that_walks_the_agent(t_maze):
+    obs, rewards, goal = t_maze([0, 1, 2, 1 if goal_is_up(t_maze) else 3], corridor_length=3, walk=False)
+    assert obs == [[0, goal], [0, 0], [0, 0], [1, 0], [1, 0]] and rewards == [0, 0, 0, 1]
+
+
+def goal_is_up(t_maze):
+    return t_maze([0, 0], corridor_length=1)[2] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The sweep
 
 
@@ -270,17 +313,83 @@ def test_sensitivity_leaves_the_run_as_it_is(smoke):
 
 
 def test_every_experiment_gives_its_figures_and_tables(sweep, smoke):
-    page = Path(shutil.copy(SWEEP.with_name("README.md"), smoke.parent))
+    pages = [Path(shutil.copy(SWEEP.with_name(name), smoke.parent)) for name in ("README.md", "popgym.md")]
     subprocess.run([sys.executable, SWEEP.with_name("plot.py"), "--results", smoke], check=True, capture_output=True)
     names = {"sample_efficiency", "sample_efficiency_curves", "padding", "wall_clock", "returns", "recall"}
     names |= {
         "ablations",
         "memories",
+        "popgym",
+        "popgym_curves",
         *(f"sensitivity_{run.task}" for run in sweep.runs_of("sensitivity", [1], smoke=True)),
     }
     assert {path.stem for path in (smoke.parent / "figures").iterdir()} == names
-    tables = [x.split("<!-- end -->")[0] for x in page.read_text().split("<!-- table: ")[1:]]
-    assert len(tables) == 9 and all(table.count("\n|") > 2 for table in tables)
+    tables = [x.split("<!-- end -->")[0] for page in pages for x in page.read_text().split("<!-- table: ")[1:]]
+    assert len(tables) == 11 and all(table.count("\n|") > 2 for table in tables)
+
+
+def test_popgym_plays_every_task_seed_by_seed(sweep):
+    import plot
+
+    runs = sweep.runs_of("popgym", [1, 2])
+    assert len(runs) == len(set(runs)) == 2 * (42 * 4 + 36 + 11)
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert {run.task for run in runs} == set(plot.POPGYM) and len(plot.POPGYM) == 42
+    published = plot.read(SWEEP.with_name("popgym_published.csv"))
+    assert {row["task"] for row in published} <= set(plot.POPGYM)
+    assert all(-1 <= float(row["return"]) <= 1 and int(row["steps"]) and row["source"] for row in published)
+
+
+def test_popgym_tables_of_invented_runs(sweep, tmp_path):
+    import plot
+
+    returns = {  # by seed
+        ("ppo_tbb.py", "RepeatPreviousEasy", "none"): [-0.5, -0.5],
+        ("ppo_tbb.py", "RepeatPreviousEasy", "lru"): [0.4, 0.6],
+        ("ppo_tbb.py", "MineSweeperEasy", "lru"): [0.25, 0.25],
+        ("dqn_tbb.py", "MineSweeperEasy", "lru mingru"): [0.75],
+        ("dqn_tbb.py", "RepeatPreviousMedium", "lru mingru"): [0.0],
+        ("experiments/recurrent_ppo.py", "RepeatPreviousEasy", ""): [0.9, 0.9],
+    }
+    with open(tmp_path / "popgym.csv", "w") as file:
+        for (*key, memory), by_seed in returns.items():
+            for seed, x in enumerate(by_seed, 1):
+                columns = sweep.Run(*key, memory, seed=seed, total_timesteps=2000).columns
+                steps = [columns | dict(step=1000 * k, seconds=25 * k, eval_return=x * (k - 1)) for k in (1, 2)]
+                sweep.append(file, steps)
+    page = tmp_path / "popgym.md"
+    page.write_text("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in ("popgym", "popgym_aggregate")))
+    plot.popgym(plot.runs_of(plot.read(tmp_path / "popgym.csv")), tmp_path)
+    tables = []
+    for table in page.read_text().split("<!-- end -->")[:2]:
+        header, _, *rows = ([x.strip() for x in line[1:-1].split("|")] for line in table.split("\n") if "|" in line)
+        tables.append({row[0]: dict(zip(header, row)) for row in rows})
+    tasks, means = tables
+    memories = ["ppo_tbb, LRU", "ppo_tbb, none", "dqn_tbb, LRU + minGRU", "recurrent_ppo, LSTM"]
+    cell = lambda row, name: row[f"{name}, 2,000 steps"]
+    assert list(tasks) == list(plot.POPGYM)
+    solved, unpublished, unplayed = (tasks[f"{name}Easy"] for name in ("RepeatPrevious", "MineSweeper", "RepeatFirst"))
+    found = ["0.50 [0.40, 0.60] in 50 s", "-0.50 [-0.50, -0.50] in 50 s", "", "0.90 [0.90, 0.90] in 50 s"]
+    assert [cell(solved, name) for name in memories] == found
+    best = ["1.000", "GRU (MMER, 3 trials)", "15,000,000", "-0.50"]  # not that of RecurrentPPO's 0.90
+    assert [solved[name] for name in ("best published", "by", "after steps", "difference")] == best
+    assert [cell(unpublished, name) for name in memories] == ["0.25 [0.25, 0.25] in 50 s", "", "0.75 in 50 s", ""]
+    assert not unpublished["best published"] and not unpublished["difference"]
+    assert not any(cell(unplayed, name) for name in memories)
+    assert unplayed["best published"] == "1.000" and not unplayed["difference"]
+    # only RepeatPreviousEasy has been played by all memories of ppo_tbb.py, both tasks of dqn_tbb.py by none of them
+    shared = ("1 tasks of ppo_tbb", "2 tasks of dqn_tbb")
+    by_ppo, by_dqn = ([cell(means[f"{name}, 2,000 steps"], tasks) for name in memories] for tasks in shared)
+    assert by_ppo == ["0.67 [0.60, 0.73]", "0.00 [0.00, 0.00]", "", "0.93 [0.93, 0.93]"]
+    assert by_dqn == ["", "", "0.57", ""]
+
+
+def test_interquartile_mean_is_that_of_the_middle_half(sweep):
+    import plot
+
+    strata = [np.random.default_rng(seed).normal(seed, size=n) for seed, n in enumerate((3, 4, 1))]
+    slow = np.mean(sorted(np.concatenate(strata))[2:6])
+    assert plot.interval(*strata, statistic=plot.interquartile_mean)[0] == pytest.approx(slow)
 
 
 def test_memory_of_several_names_is_a_stack(sweep):

@@ -815,15 +815,24 @@ def test_lru_equations():
 
 def test_lru_initialisation_is_uniform_on_the_ring():
     """Uniform in area: lambda's squared modulus and its phase are uniform (Lemma 3.2)."""
-    n, r_min, r_max = 20_000, 0.4, 0.9
-    decay, _ = monoids.LRUCell(D, d_state=n, r_min=r_min, r_max=r_max).lift(torch.zeros(1, 1, D))
+    n, r_min, r_max = 20_000, 0.5, 0.995
+    decay, _ = monoids.LRUCell(D, d_state=n, horizon=200).lift(torch.zeros(1, 1, D))
     assert decay.abs().min() >= r_min - 1e-6 and decay.abs().max() <= r_max + 1e-6
     assert_close(decay.abs().square().sort().values, torch.linspace(r_min**2, r_max**2, n), rtol=0, atol=0.02)
     assert_close((decay.angle() % (2 * math.pi)).sort().values, torch.linspace(0, 2 * math.pi, n), rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize("name", ["lru", "s5"])
+@pytest.mark.parametrize("horizon", [1000, 100_000])
+def test_initial_horizons(name, horizon):
+    """A state decays by 1/e in horizon / 100 to horizon rows: -1 / log |lambda|."""
+    decay, _ = monoids.CELLS[name](D, d_state=4000, horizon=horizon).to(REAL).lift(torch.zeros(1, 1, D, dtype=REAL))
+    rows = -1 / decay.abs().log()
+    assert horizon / 100 * 0.94 < rows.min() < horizon / 100 * 1.1 and horizon * 0.5 < rows.max() < horizon * 1.01
+
+
 def test_lru_preserves_the_variance_of_white_noise():
-    cell = monoids.LRUCell(32, d_state=256, r_min=0.9, r_max=0.99)
+    cell = monoids.LRUCell(32, d_state=256, horizon=100)
     with torch.no_grad():
         h = linear_recurrence(*cell.lift(torch.randn(4000, 4, 32)))
     assert h[1000:].abs().square().mean() == pytest.approx(1, abs=0.05)

@@ -248,12 +248,15 @@ def test_checkpoint_is_saved_at_each_evaluation_and_at_the_end(script, play, tmp
 
 
 @each_script
-def test_environment_arguments_reach_the_environment(script, play, monkeypatch):
+def test_environment_arguments_reach_the_environment(script, play, tmp_path, monkeypatch):
     seen, init = [], Lengths.__init__
     monkeypatch.setattr(Lengths, "__init__", lambda env, **kwargs: seen.append(kwargs) or init(env, **kwargs))
     kwargs = "--env-kwargs map_name 8x8 is_slippery False n 3 p 0.5".split()
     assert play(script, *flags(script, *kwargs))[0] == 0
     assert all(repr(x) == repr({"map_name": "8x8", "is_slippery": False, "n": 3, "p": 0.5}) for x in seen) and seen
+    seen.clear()  # a checkpoint keeps them, and --env-kwargs changes some of them
+    assert play(script, "--evaluate", checkpoint_of(tmp_path), "--env-kwargs", "n", 4)[0] == 0
+    assert all(x == {"map_name": "8x8", "is_slippery": False, "n": 4, "p": 0.5} for x in seen) and seen
 
 
 @each_script

@@ -261,6 +261,21 @@ def test_arguments_that_exclude_each_other_are_refused(script, play, tmp_path):
     assert contents(tmp_path) == before
 
 
+@each_script
+def test_memory_kwargs_reach_the_memory_and_its_checkpoint(script, play, tmp_path):
+    for wrong in ("horizn 3", "horizon 0", "d_state -3"):
+        assert_refused(play(script, *flags(script), "--memory-kwargs", *wrong.split()))
+    assert not [*tmp_path.iterdir()]
+    play(script, *flags(script), *"--memory-kwargs horizon 5000 d_state 12 num_layers 1".split())
+    path = checkpoint_of(tmp_path)
+    checkpoint = load(path)
+    name = next(name for name in checkpoint["learners"] if name != "optimizer")
+    states = [x.shape for key, x in checkpoint["learners"][name].items() if "nu_log" in key]
+    assert states == [(12,)] and checkpoint["args"]["memory_kwargs"]["horizon"] == 5000
+    assert play(script, "--evaluate", path)[0] == 0
+    assert_refused(play(script, "--evaluate", path, "--memory-kwargs", "d_state", 13), str(path))
+
+
 @pytest.mark.parametrize("script", [dqn_tbb, dqn_sbb])
 def test_exploration_may_end_at_once(script, play, tmp_path):
     assert play(script, *flags(script), "--exploration-fraction", 0)[0] == 0
