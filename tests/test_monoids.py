@@ -6,6 +6,7 @@ test_triton.py uses the helpers too.
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -770,6 +771,27 @@ def test_half_precision():
         else:
             with pytest.raises(RuntimeError, match="(?i)bfloat16"):
                 memory(x, memory.initial_state(2), start)
+
+
+def test_memory_copied_into_a_project():
+    """pickle, torch.export with fixed shapes, autocast; and what does not work raises an error that names it."""
+    memory, gru = memory_of("lru", torch.float32), memory_of("gru", torch.float32)
+    x, start = torch.randn(9, 2, D), starts(9, 2)
+    inputs = x, memory.initial_state(2), start
+    y, _ = memory(*inputs)
+    assert_close(pickle.loads(pickle.dumps(memory))(*inputs)[0], y)
+    assert_close(torch.export.export(memory, inputs).module()(*inputs)[0], y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(memory(*inputs)[0].float(), y, rtol=0.1, atol=0.1)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda x: memory(x, *inputs[1:])[0], (x,), (x,))
+    with pytest.raises(Exception, match="You marked T as dynamic"):
+        T = torch.export.Dim("T")
+        torch.export.export(memory, inputs, dynamic_shapes=({0: T}, ({}, {}), {0: T}))
+    with pytest.raises(RuntimeError, match="gru"):
+        stacked = torch.func.stack_module_state([gru, gru])
+        call = lambda *state_dict: torch.func.functional_call(gru, state_dict, (x, gru.initial_state(2), start))
+        torch.vmap(call)(*stacked)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
