@@ -43,7 +43,8 @@ ROOT = Path(__file__).parent.parent.absolute()
 # ---------------------------------------------------------------------------------------------------------------------
 # What is run. Each line of an experiment is a cross product; a task's number is its total_timesteps
 
-TBB, SBB, PPO, RECURRENT_PPO = "dqn_tbb.py", "dqn_sbb.py", "ppo_tbb.py", "experiments/recurrent_ppo.py"
+TBB, SBB, PPO, SAC = "dqn_tbb.py", "dqn_sbb.py", "ppo_tbb.py", "sac_tbb.py"
+RECURRENT_PPO = "experiments/recurrent_ppo.py"
 MONOIDS = ["lru", "s5", "ffm", "linear_transformer"]
 LENGTHS = [10, 20, 50, 100]
 TASKS = {
@@ -57,6 +58,9 @@ TASKS = {
 MORE_TASKS = TASKS | {"HigherLowerEasy": 10_000, "NoisyPositionOnlyCartPoleEasy": 20_000}
 GAMES = ["HigherLowerEasy", "MineSweeperEasy", "BattleshipEasy"]
 CONTROL = ["PositionOnlyCartPoleEasy", "NoisyPositionOnlyCartPoleEasy", "PositionOnlyPendulumEasy"]
+PENDULUMS = [f"{noise}PositionOnlyPendulum{level}" for noise in ("", "Noisy") for level in ("Easy", "Medium", "Hard")]
+ROBOTS = [f"{robot}{what}" for robot in ("Hopper", "Walker2d", "HalfCheetah") for what in ("Positions", "Velocities")]
+MUJOCO = [f"experiments.partial_mujoco:{robot}" for robot in ROBOTS]
 FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer is an observation of long ago
 SMALL = ["--d-model", "64", "--learning-rate", "1e-3"]  # hundreds of runs: half the width, a third of the time
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
@@ -90,6 +94,13 @@ EXPERIMENTS = {
     "defaults": [
         dict(script=[TBB], task=dict.fromkeys([*TASKS, *GAMES], 40_000), memory=["lru"]),
         dict(script=[PPO], task=dict.fromkeys(["RepeatPreviousEasy", *CONTROL], 250_000), memory=["lru", "none"]),
+    ],
+    "sac": [
+        dict(script=[SAC], task=dict.fromkeys(PENDULUMS, 50_000), memory=["lru", "none"]),
+        dict(script=[PPO], task=dict.fromkeys(PENDULUMS, 250_000), memory=["lru", "none"]),
+    ],
+    "mujoco": [
+        dict(script=[SAC, PPO], task=dict.fromkeys(MUJOCO, 200_000), memory=["lru", "none"]),
     ],
 }
 EVALUATIONS = 10  # in a run
