@@ -189,8 +189,6 @@ class Agent(nn.Module):
         self.memory, self.norm = make_memory(args.memory, d), nn.LayerNorm(d)
         head = lambda inputs, outputs: nn.Sequential(nn.Linear(inputs, d), nn.GELU(), nn.Linear(d, outputs))
         self.actor, self.critics = head(d, 2 * k), nn.ModuleList(head(d + k, 1) for _ in range(2))
-        for critic in self.critics:  # Q starts near 0, so early targets are rewards, not initialisation noise
-            nn.init.zeros_(critic[-1].weight)
         self.register_buffer("log_alpha", torch.tensor(-5.0))
 
     def forward(self, obs, previous_action, start, state):
@@ -278,13 +276,12 @@ def update(agent, target_agent, optimizer, batch, args):
         # CRUCIAL: the next state is the next row, so its value is that of its whole history, first observation included
         td_target = rows.reward[t] + args.gamma * ~rows.terminated[t] * next_value[t + 1]
     old_val = agent.q_values(x, rows.action)[t]  # (n, 1, 2)
-    q_loss = F.mse_loss(old_val, td_target[..., None].expand_as(old_val))
+    loss = F.mse_loss(old_val, td_target[..., None].expand_as(old_val))
     actor_loss = (alpha * logprob - agent.q_values(x.detach(), action).amin(-1))[t].mean()
-    loss = q_loss + actor_loss
 
     optimizer.zero_grad()
-    q_loss.backward()
-    actor_loss.backward(inputs=[*agent.actor.parameters()])  # not those of the critics
+    loss.backward()
+    actor_loss.backward(inputs=[*agent.actor.parameters()])  # CRUCIAL: not the critics' parameters
     norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     if not torch.isfinite(loss + norm):
         fail(f"the loss is {loss}, the norm of its gradient {norm}: stopped before the step; checkpoints are unchanged")
@@ -292,7 +289,7 @@ def update(agent, target_agent, optimizer, batch, args):
     with torch.no_grad():
         torch._foreach_lerp_(list(target_agent.parameters()), list(agent.parameters()), args.tau)
         agent.log_alpha -= args.alpha_lr * (entropy / rows.action.shape[-1] + 1)  # towards an entropy of -dim(A)
-    return {"losses/td_loss": q_loss.detach(), "losses/q_values": old_val.detach().mean(), "losses/entropy": entropy}
+    return {"losses/td_loss": loss.detach(), "losses/q_values": old_val.detach().mean(), "losses/entropy": entropy}
 
 
 def evaluate(envs, agent, args):

@@ -144,7 +144,9 @@ OBSERVATIONS = [  # space, an observation, what the network sees
 @each_script
 @pytest.mark.parametrize("space, obs, expected", OBSERVATIONS, ids=lambda x: type(x).__name__)
 def test_observations_are_flattened(script, space, obs, expected):
-    envs, network, act = make(script, env_id="Anything-v0", env_kwargs={"observation_space": space, "obs": obs})
+    kwargs = {"observation_space": space, "obs": obs}
+    kwargs["action_space"] = Box(-1, 1, (1,)) if script in CONTINUOUS else Discrete(2)
+    envs, network, act = make(script, env_id="Anything-v0", env_kwargs=kwargs)
     for e in script.collect(envs, network, act, 0):
         np.testing.assert_array_equal(e.obs, np.float32([expected] * 4))
 
