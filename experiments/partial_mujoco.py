@@ -15,8 +15,8 @@ def make(robot, what, **kwargs):
     env = gym.make(f"{robot}-v5", **kwargs)
     n = env.unwrapped.observation_structure["qpos"]  # positions come first, then velocities
     part = slice(n) if what == "Positions" else slice(n, None)
-    space = env.observation_space
-    return gym.wrappers.TransformObservation(env, lambda obs: obs[part], Box(space.low[part], space.high[part]))
+    low, high, dtype = env.observation_space.low[part], env.observation_space.high[part], env.observation_space.dtype
+    return gym.wrappers.TransformObservation(env, lambda obs: obs[part], Box(low, high, dtype=dtype))
 
 
 for robot in ("Hopper", "Walker2d", "HalfCheetah"):

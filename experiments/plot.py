@@ -41,9 +41,15 @@ TASKS = {  # the mean return of 1,000 episodes of random actions, and a bound: t
     "PositionOnlyCartPoleEasy": (0.11, 1.0),
     "NoisyPositionOnlyCartPoleEasy": (0.11, 1.0),
     "PositionOnlyPendulumEasy": (0.24, 1.0),
+    "PositionOnlyPendulumMedium": (0.25, 1.0),
+    "PositionOnlyPendulumHard": (0.25, 1.0),
+    "NoisyPositionOnlyPendulumEasy": (0.24, 1.0),  # noise changes what is seen, not the rewards
+    "NoisyPositionOnlyPendulumMedium": (0.24, 1.0),
+    "NoisyPositionOnlyPendulumHard": (0.24, 1.0),
     "AutoencodeEasy": (-0.50, 1.0),
 }
-METHODS = {"dqn_tbb": "TBB", "dqn_sbb": "SBB", "ppo_tbb": "PPO, TBB", "recurrent_ppo": "RecurrentPPO"}
+METHODS = {"dqn_tbb": "TBB", "dqn_sbb": "SBB", "sac_tbb": "SAC, TBB", "ppo_tbb": "PPO, TBB"}
+METHODS |= {"recurrent_ppo": "RecurrentPPO"}
 MEMORIES = {"lru": "LRU", "s5": "S5", "ffm": "FFM", "linear_transformer": "linear transformer", "mingru": "minGRU"}
 MEMORIES |= {"lru mingru": "LRU + minGRU", "gru": "GRU", "none": "none", "": "LSTM"}
 VARIANTS = {"": "", "sensitivity": "", "authors_next_value": ", authors' next value"}
@@ -419,15 +425,20 @@ def memories(runs, folder):
     compare(runs, folder, "memories", "memory", "Memory models (TBB)")
 
 
-def defaults(runs, folder):
+def defaults(runs, folder, name="defaults", order="script"):
     """A table without a figure: one row for each script, task and memory."""
     table = [
         {"script": f"`{script}.py`", "task": task, "memory": memory, "seeds": len(some)}
         | {"steps": f"{int(some[0]['total_timesteps']):,}", "random actions": TASKS[task][0]}
+        | {"seconds": f"{np.mean([run['seconds'][-1] for run in some]):.0f}"}
         | {"final return": over_tasks(SCORES["final return"], some)}
         for (script, task, memory), some in grouped(runs, "script", "task", "memory").items()
     ]
-    write(sorted(table, key=lambda row: row["script"]), runs, folder, "defaults")
+    write(sorted(table, key=lambda row: row[order]) if order else table, runs, folder, name)
+
+
+def sac(runs, folder):
+    defaults(runs, folder, "sac", order=None)
 
 
 def returns(rows, folder):
@@ -450,7 +461,7 @@ def returns(rows, folder):
     save(figure, title, folder, "returns", axes[0, 0])
 
 
-EXPERIMENTS = [sample_efficiency, sensitivity, padding, wall_clock, returns, recall, ablations, memories, defaults]
+EXPERIMENTS = [sample_efficiency, sensitivity, padding, wall_clock, returns, recall, ablations, memories, defaults, sac]
 
 
 def main():

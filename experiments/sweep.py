@@ -100,14 +100,15 @@ EXPERIMENTS = {
         dict(script=[PPO], task=dict.fromkeys(PENDULUMS, 250_000), memory=["lru", "none"]),
     ],
     "mujoco": [
-        dict(script=[SAC, PPO], task=dict.fromkeys(MUJOCO, 200_000), memory=["lru", "none"]),
+        dict(script=[SAC], task=dict.fromkeys(MUJOCO, 200_000), memory=["lru", "none"]),
+        dict(script=[PPO], task=dict.fromkeys(MUJOCO, 1_000_000), memory=["lru", "none"]),
     ],
 }
 EVALUATIONS = 10  # in a run
 SMOKE_TIMESTEPS = 400
 SMOKE = ["--num-envs", "2", "--eval-episodes", "4"]
 SMOKE_MORE = {TBB: ["--d-model", "16", "--learning-starts", "100"], PPO: ["--d-model", "16"]}
-SMOKE_MORE |= {SBB: SMOKE_MORE[TBB], RECURRENT_PPO: ["--num-steps", "16"]}
+SMOKE_MORE |= {SBB: SMOKE_MORE[TBB], SAC: SMOKE_MORE[TBB], RECURRENT_PPO: ["--num-steps", "16"]}
 
 # A variant of a script is more flags, or the patch experiments/variants/NAME.patch
 FLAGS = {"no_previous_action": ["--no-previous-action"], "burn_in": ["--burn-in", "10"]}
@@ -134,8 +135,12 @@ class Run(NamedTuple):
         return " ".join(part for part in (*parts, f"{self.total_timesteps} steps", f"seed {self.seed}") if part)
 
     @property
+    def env_id(self):
+        return f"{self.task if ':' in self.task else f'popgym-{self.task}'}-v0"
+
+    @property
     def columns(self):
-        named = dict(run=self.key, script=Path(self.script).stem, env_id=f"popgym-{self.task}-v0", memory=self.memory)
+        named = dict(run=self.key, script=Path(self.script).stem, env_id=self.env_id, memory=self.memory)
         named |= dict(segment_length=self.segment_length, seed=self.seed, variant=self.variant)
         return named | dict(total_timesteps=self.total_timesteps)
 
@@ -146,7 +151,7 @@ COLUMNS = [*Run("", "").columns, "step", "seconds", "eval_return", *(tag.split("
 
 def command(run):
     """The script's arguments, itself excluded."""
-    flags = ["--env-id", f"popgym-{run.task}-v0", "--seed", run.seed, "--total-timesteps", run.total_timesteps]
+    flags = ["--env-id", run.env_id, "--seed", run.seed, "--total-timesteps", run.total_timesteps]
     flags += ["--eval-frequency", max(1, run.total_timesteps // EVALUATIONS)]
     flags += ["--memory", *run.memory.split()] if run.memory else []
     flags += ["--segment-length", run.segment_length] if run.segment_length else []
