@@ -47,7 +47,7 @@ def make_agents(**kwargs):
 
 def make_episode(rng, n, terminated):
     obs, action, reward = rng.normal(size=(n + 1, 4)), rng.uniform(-1, 1, (n + 1, K)), rng.normal(size=n + 1)
-    action[-1] = reward[-1] = 0
+    reward[-1] = 0  # the last action is no zero either: it must not reach the next episode
     rows = np.arange(n + 1)
     return Rows(*map(torch.as_tensor, (obs, action, reward, terminated & (rows == n - 1), rows == 0)))
 
