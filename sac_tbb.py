@@ -71,8 +71,6 @@ class Args:
     """transitions to collect before learning starts"""
     train_frequency: int = 25
     """transitions to collect per update"""
-    alpha_lr: float = 3e-3
-    """the learning rate of the entropy coefficient alpha"""
     max_grad_norm: float = 1.0
     """the maximum norm of the gradient"""
     memory: tuple[Literal[*MEMORIES], ...] = ("lru",)
@@ -90,7 +88,7 @@ class Args:
         for low, high, names in [
             (0, 2**32 - 1, "seed max_episode_steps"),
             (1, np.inf, "total_timesteps num_envs buffer_size train_frequency d_model eval_frequency eval_episodes"),
-            (0, 1, "gamma tau alpha_lr"),
+            (0, 1, "gamma tau"),
             (1e-12, np.inf, "learning_rate max_grad_norm"),
             (1, self.buffer_size, "batch_size"),
             (0, self.total_timesteps - 1, "learning_starts"),
@@ -189,7 +187,8 @@ class Agent(nn.Module):
         self.memory, self.norm = make_memory(args.memory, d), nn.LayerNorm(d)
         head = lambda inputs, outputs: nn.Sequential(nn.Linear(inputs, d), nn.GELU(), nn.Linear(d, outputs))
         self.actor, self.critics = head(d, 2 * k), nn.ModuleList(head(d + k, 1) for _ in range(2))
-        self.register_buffer("log_alpha", torch.tensor(-5.0))
+        self.register_buffer("log_alpha", torch.tensor(-3.0))
+        self.register_buffer("reward_scale", torch.tensor(1.0))
 
     def forward(self, obs, previous_action, start, state):
         if self.previous_action:
@@ -211,8 +210,7 @@ class Agent(nn.Module):
 
 def policy(agent, obs, previous_action, start, state, greedy):
     x, state = agent(obs, previous_action, start, state)
-    action, _ = agent.act(x, torch.randn_like(previous_action) * (not greedy))
-    return action[0], state  # (N, k)
+    return agent.act(x, torch.randn_like(previous_action) * (not greedy))[0][0], state  # (N, k)
 
 
 class Tape:
@@ -274,7 +272,7 @@ def update(agent, target_agent, optimizer, batch, args):
     with torch.no_grad():
         next_value = target_agent.q_values(target_agent(*inputs)[0], action).amin(-1) - alpha * logprob
         # CRUCIAL: the next state is the next row, so its value is that of its whole history, first observation included
-        td_target = rows.reward[t] + args.gamma * ~rows.terminated[t] * next_value[t + 1]
+        td_target = rows.reward[t] / agent.reward_scale + args.gamma * ~rows.terminated[t] * next_value[t + 1]
     old_val = agent.q_values(x, rows.action)[t]  # (n, 1, 2)
     loss = F.mse_loss(old_val, td_target[..., None].expand_as(old_val))
     actor_loss = (alpha * logprob - agent.q_values(x.detach(), action).amin(-1))[t].mean()
@@ -288,7 +286,7 @@ def update(agent, target_agent, optimizer, batch, args):
     optimizer.step()
     with torch.no_grad():
         torch._foreach_lerp_(list(target_agent.parameters()), list(agent.parameters()), args.tau)
-        agent.log_alpha -= args.alpha_lr * (entropy / rows.action.shape[-1] + 1)  # towards an entropy of -dim(A)
+        agent.log_alpha -= args.learning_rate * (entropy / rows.action.shape[-1] + 1)  # towards an entropy of -dim(A)
     return {"losses/td_loss": loss.detach(), "losses/q_values": old_val.detach().mean(), "losses/entropy": entropy}
 
 
@@ -356,6 +354,7 @@ if __name__ == "__main__":
         episodes = collect(envs, agent, partial(policy, greedy=False), (args.seed, 0, iteration))
         for episode in episodes:
             buffer.add(episode)
+        agent.reward_scale.copy_(1e-8 + buffer.rows.reward[: buffer.end].square().mean().sqrt())
         lengths = [len(episode.reward) - 1 for episode in episodes]
         iteration, global_step = iteration + 1, global_step + sum(lengths)
         metrics = {"losses/alpha": agent.log_alpha.exp(), "charts/episodic_length": np.mean(lengths)}

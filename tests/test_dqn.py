@@ -381,6 +381,7 @@ ACTOR = [
     ('        fail(f"{path}: ', "    if args.compile:"),
     ("    if args.evaluate:", "        eval_envs.close()"),
     ("        # ALGO LOGIC: play whole episodes", "        for episode in episodes:"),
+    ("            buffer.add(episode)", "        lengths = "),  # the scale of the rewards
     ("        iteration, global_step =", '        metrics["charts/episodic_return"]'),
     ("        if evaluated:", "        seconds = "),
 ]

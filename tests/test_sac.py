@@ -30,7 +30,7 @@ gym.register("Spaces-v0", Spaces)
 
 
 def make_args(**kwargs):
-    return sac_tbb.Args(**{"env_id": "Spaces-v0", "d_model": 8, "alpha_lr": 0.0, "max_grad_norm": 1e9, **kwargs})
+    return sac_tbb.Args(**{"env_id": "Spaces-v0", "d_model": 8, "learning_rate": 0.0, "max_grad_norm": 1e9, **kwargs})
 
 
 def make_agents(**kwargs):
@@ -42,6 +42,7 @@ def make_agents(**kwargs):
         for head in (agent.actor, *agent.critics):
             torch.nn.init.normal_(head[-1].weight, 0, 0.3)
         agent.log_alpha.fill_(np.log(0.3))
+        agent.reward_scale.fill_(0.7)
     return args, *agents
 
 
@@ -109,7 +110,7 @@ def test_targets_see_the_true_history(memory, previous_action):
     for episode, noise in zip(episodes, noises):
         for t in range(len(episode.start) - 1):
             with torch.no_grad():
-                target = episode.reward[t]
+                target = episode.reward[t] / 0.7
                 if not episode.terminated[t]:  # a truncated episode bootstraps
                     action, logprob = drawn(features(agent, episode, t + 1), noise[t + 1])
                     next_value = min(values(target_agent, features(target_agent, episode, t + 1), action))
@@ -156,7 +157,7 @@ def test_log_probability_is_that_of_a_squashed_gaussian(scale):
 @pytest.mark.parametrize("log_std", [0.0, -9.0])
 def test_alpha_moves_towards_the_target_entropy(log_std):
     """By gradient descent on log_alpha * (entropy - target), the target being -1 for each component of an action."""
-    args, agent, target_agent = make_agents(alpha_lr=0.1)
+    args, agent, target_agent = make_agents(learning_rate=0.1)
     batch = make_batch([make_episode(np.random.default_rng(0), 9, True)])
     with torch.no_grad():
         agent.actor[-1].bias[K:] = log_std

@@ -242,7 +242,7 @@ WRONG = {
     dqn_sbb: DQN + " segment-length=0 segment-length=101 burn-in=-1 burn-in=50",
     ppo_tbb: """gae-lambda=2 num-minibatches=0 update-epochs=0 clip-coef=-1 clip-coef=nan ent-coef=-1 ent-coef=inf
         vf-coef=-1 target-kl=-1 target-kl=nan""",
-    sac_tbb: OFF_POLICY + " alpha=0 alpha=-1 alpha=inf alpha=nan",
+    sac_tbb: OFF_POLICY,
 }
 TABLE = [(script, wrong) for script in WRONG for wrong in (EVERYWHERE + " " + WRONG[script]).split()]
 
