@@ -53,9 +53,9 @@ class Args:
     """arguments of the environment, for example --env-kwargs map_name 8x8 is_slippery False"""
     total_timesteps: int = 50_000
     """transitions to collect; the last iteration may exceed it, since episodes are finished"""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """the learning rate of the optimizer"""
-    num_envs: int = 8
+    num_envs: int = 4
     """the number of parallel environments; in an iteration each plays one episode"""
     max_episode_steps: int = 0
     """truncate episodes after this many steps (and bootstrap there); 0 leaves it to the environment"""
@@ -63,19 +63,19 @@ class Args:
     """rows on the tape; the oldest episodes make room"""
     gamma: float = 0.99
     """the discount factor gamma"""
-    tau: float = 0.2
+    tau: float = 0.1
     """the target network update rate, at every update"""
-    batch_size: int = 500
+    batch_size: int = 400
     """transitions in a batch; its last episode is kept whole, so it may hold more"""
     learning_starts: int = 1_000
     """transitions to collect before learning starts"""
-    train_frequency: int = 25
+    train_frequency: int = 20
     """transitions to collect per update"""
     max_grad_norm: float = 1.0
     """the maximum norm of the gradient"""
     memory: tuple[Literal[*MEMORIES], ...] = ("lru",)
     """the memory model: one name for two layers of it, several for one layer of each, in that order"""
-    d_model: int = 128
+    d_model: int = 64
     """the width of the network"""
     previous_action: bool = True
     """whether the network sees its previous action: in a POMDP the history includes the actions"""

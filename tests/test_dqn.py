@@ -368,6 +368,7 @@ ACTOR = [
     ("    env_kwargs", "    max_episode_steps: int"),  # defaults
     ("    max_episode_steps", "    buffer_size: int"),  # the learning rate is constant
     ("    gamma", "    memory: "),
+    ("    memory: ", "    previous_action: bool"),  # the width
     ("        for low, high, names in [", "        ]:"),
     ("    def make_env(", "        render = "),  # actions
     ("        space = env.action_space", "    try:"),
