@@ -354,6 +354,7 @@ if __name__ == "__main__":
         episodes = collect(envs, agent, partial(policy, greedy=False), (args.seed, 0, iteration))
         for episode in episodes:
             buffer.add(episode)
+        # in units of their root mean square rewards of any size need the same learning rate and the same alpha to start
         agent.reward_scale.copy_(1e-8 + buffer.rows.reward[: buffer.end].square().mean().sqrt())
         lengths = [len(episode.reward) - 1 for episode in episodes]
         iteration, global_step = iteration + 1, global_step + sum(lengths)
