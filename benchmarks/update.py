@@ -2,16 +2,17 @@
 
     pip install -r benchmarks/requirements.txt && python benchmarks/update.py
 
-First a DQN update at the default sizes for every memory and for the stack `lru mingru`, on a tape and on segments of
-as many transitions, padding included, for the LRU compiled as well, an update of SAC and a minibatch of PPO; then DQN
-updates on longer and longer tapes. "bare" replays the matrix products of one update, not compiled, alone: same shapes, strides and types
-in the same order, on random numbers. The rest are norms, activations, the scan, the optimizer. "x lru" is the time
-divided by that of `--memory lru` at as many transitions: those of `sac_tbb.py` and `ppo_tbb.py` for their own updates,
-that of `dqn_tbb.py` for all others. Peak memory is what an update adds to weights, optimizer and batch while it runs.
+First an update of DQN at its default sizes, for every memory and for the stack `lru mingru`, on a tape and on segments
+of as many transitions, padding included, for the LRU compiled as well, an update of SAC of the same sizes, and a
+minibatch of PPO; then DQN updates on longer and longer tapes. "bare" replays the matrix products of one update, not
+compiled, alone: same shapes, strides and types in the same order, on random numbers. The rest are norms, activations,
+the scan, the optimizer. "x lru" is the time divided by that of `--memory lru` at as many transitions: that of
+`sac_tbb.py` or `ppo_tbb.py` for their own updates, of `dqn_tbb.py` for all others. Peak memory is what an update adds
+to weights, optimizer and batch while it runs.
 
 Last, in processes of their own with one thread and with two, our update beside the authors' (authors.py): the same
 network and weights, d_model 256, as many transitions. Theirs has a row for each transition, ours one more for each
-episode. That both networks give the same Q is checked first. Only on a CPU. All data are episodes of the default task,
+episode. That both networks give the same Q is checked first. Only on a CPU. All data are episodes of each script's default task,
 played at random. Writes benchmarks/update.csv.
 """
 
@@ -143,15 +144,11 @@ def compiled_contestant(episodes, *sizes):
 def at_default_sizes(episodes):
     contestants = {}
     for memory in STACKS:
-        for script in (dqn_tbb, dqn_sbb):
+        for script, own in {dqn_tbb: episodes, dqn_sbb: episodes, sac_tbb: play(sac_tbb, 8)}.items():
             sizes = memory, dqn_tbb.Args().d_model, dqn_tbb.Args().batch_size
-            contestants[f"{script.__name__}.py", *sizes] = contestant(script, episodes, *sizes)
+            contestants[f"{script.__name__}.py", *sizes] = contestant(script, own, *sizes)
     sizes = "lru", *sizes[1:]
     contestants["dqn_tbb.py --compile", *sizes] = compiled_contestant(episodes, *sizes)
-    episodes = play(sac_tbb, 8)
-    for memory in STACKS:
-        sizes = memory, sac_tbb.Args().d_model, sac_tbb.Args().batch_size
-        contestants["sac_tbb.py", *sizes] = contestant(sac_tbb, episodes, *sizes)
     args = ppo_tbb.Args()
     iteration = play(ppo_tbb, args.num_envs)
     for memory in STACKS:
