@@ -12,8 +12,8 @@ to weights, optimizer and batch while it runs.
 
 Last, in processes of their own with one thread and with two, our update beside the authors' (authors.py): the same
 network and weights, d_model 256, as many transitions. Theirs has a row for each transition, ours one more for each
-episode. That both networks give the same Q is checked first. Only on a CPU. All data are episodes of each script's default task,
-played at random. Writes benchmarks/update.csv.
+episode. That both networks give the same Q is checked first. Only on a CPU. All data are episodes of each script's
+default task, played at random. Writes benchmarks/update.csv.
 """
 
 import copy
