@@ -2,17 +2,18 @@
 
     pip install -r benchmarks/requirements.txt && python benchmarks/update.py
 
-First a DQN update at the default sizes for every memory and for the stack `lru mingru`, on a tape and on segments of
-as many transitions, padding included, for the LRU compiled as well, and a minibatch of PPO; then DQN updates on longer
-and longer tapes. "bare" replays the matrix products of one update, not compiled, alone: same shapes, strides and types
-in the same order, on random numbers. The rest are norms, activations, the scan, the optimizer. "x lru" is the time
-divided by that of `--memory lru` at as many transitions: that of `ppo_tbb.py` for its own updates, of `dqn_tbb.py` for
-all others. Peak memory is what an update adds to weights, optimizer and batch while it runs.
+First an update of DQN at its default sizes, for every memory and for the stack `lru mingru`, on a tape and on segments
+of as many transitions, padding included, for the LRU compiled as well, an update of SAC of the same sizes, and a
+minibatch of PPO; then DQN updates on longer and longer tapes. "bare" replays the matrix products of one update, not
+compiled, alone: same shapes, strides and types in the same order, on random numbers. The rest are norms, activations,
+the scan, the optimizer. "x lru" is the time divided by that of `--memory lru` at as many transitions: that of
+`sac_tbb.py` or `ppo_tbb.py` for their own updates, of `dqn_tbb.py` for all others. Peak memory is what an update adds
+to weights, optimizer and batch while it runs.
 
 Last, in processes of their own with one thread and with two, our update beside the authors' (authors.py): the same
 network and weights, d_model 256, as many transitions. Theirs has a row for each transition, ours one more for each
-episode. That both networks give the same Q is checked first. Only on a CPU. All data are episodes of the default task,
-played at random. Writes benchmarks/update.csv.
+episode. That both networks give the same Q is checked first. Only on a CPU. All data are episodes of each script's
+default task, played at random. Writes benchmarks/update.csv.
 """
 
 import copy
@@ -33,6 +34,7 @@ import measure
 import dqn_sbb
 import dqn_tbb
 import ppo_tbb
+import sac_tbb
 from monoids import MEMORIES
 
 STACKS = *MEMORIES, "lru mingru"
@@ -72,24 +74,24 @@ def play(script, num_envs):
     """One episode of the default task in each environment, played at random."""
     args = script.Args(memory=("none",))
     envs = script.make_envs(args, num_envs)
-    if script is ppo_tbb:
+    if script in (ppo_tbb, sac_tbb):
         act, network = partial(script.policy, greedy=False), script.Agent(envs, args)
     else:
         act, network = partial(script.policy, epsilon=1.0), script.QNetwork(envs, args)
     return script.collect(envs, network, act, (0, 0, 0))
 
 
-def dqn(script, episodes, memory, d_model, transitions, compile=False):
+def off_policy(script, episodes, memory, d_model, transitions, compile=False):
     """-> the arguments of `update`, of which the networks are not compiled; memory: names, separated by spaces"""
     args = script.Args(memory=tuple(memory.split()), d_model=d_model, batch_size=transitions, compile=compile)
     envs = script.make_envs(args, 1)
-    q_network = script.QNetwork(envs, args).to(measure.DEVICE)
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
+    network = (script.Agent if script is sac_tbb else script.QNetwork)(envs, args).to(measure.DEVICE)
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, fused=True)
     buffer = (script.Segments if script is dqn_sbb else script.Tape)(args, envs, measure.DEVICE)
     for episode in episodes:
         buffer.add(episode)
     batch = buffer.sample(transitions, np.random.default_rng((0, 2, 0)))
-    return q_network, copy.deepcopy(q_network), optimizer, batch, args
+    return network, copy.deepcopy(network), optimizer, batch, args
 
 
 def ppo(episodes, memory):
@@ -116,7 +118,7 @@ def table(contestants, seconds):
     for key, (rows, f, _) in contestants.items():
         name, memory, d_model, transitions = key
         bare = time.get((key, "bare"), math.nan)
-        script = "ppo_tbb.py" if name == "ppo_tbb.py" else "dqn_tbb.py"
+        script = name if name in ("sac_tbb.py", "ppo_tbb.py") else "dqn_tbb.py"
         lru = time.get((script, "lru", d_model, transitions), math.nan)
         head = (name, memory, d_model, measure.THREADS, transitions, rows)
         costs = (1e3 * time[key], 1e6 * time[key] / rows, 1e3 * bare, time[key] / bare)
@@ -125,15 +127,15 @@ def table(contestants, seconds):
     return found
 
 
-def dqn_contestant(script, episodes, *sizes):
-    inputs = dqn(script, episodes, *sizes)
+def contestant(script, episodes, *sizes):
+    inputs = off_policy(script, episodes, *sizes)
     f = partial(script.update, *inputs)
     return inputs[3][0].start.numel(), f, f
 
 
 def compiled_contestant(episodes, *sizes):
     """As `--compile` does it."""
-    inputs = dqn(dqn_tbb, episodes, *sizes, compile=True)
+    inputs = off_policy(dqn_tbb, episodes, *sizes, compile=True)
     networks = [torch.compile(network, mode="reduce-overhead", dynamic=False) for network in inputs[:2]]
     f = partial(dqn_tbb.update, *networks, *inputs[2:])
     return inputs[3][0].start.numel(), f, partial(dqn_tbb.update, *inputs)
@@ -142,9 +144,9 @@ def compiled_contestant(episodes, *sizes):
 def at_default_sizes(episodes):
     contestants = {}
     for memory in STACKS:
-        for script in (dqn_tbb, dqn_sbb):
+        for script, own in {dqn_tbb: episodes, dqn_sbb: episodes, sac_tbb: play(sac_tbb, 8)}.items():
             sizes = memory, dqn_tbb.Args().d_model, dqn_tbb.Args().batch_size
-            contestants[f"{script.__name__}.py", *sizes] = dqn_contestant(script, episodes, *sizes)
+            contestants[f"{script.__name__}.py", *sizes] = contestant(script, own, *sizes)
     sizes = "lru", *sizes[1:]
     contestants["dqn_tbb.py --compile", *sizes] = compiled_contestant(episodes, *sizes)
     args = ppo_tbb.Args()
@@ -162,7 +164,7 @@ def on_longer_tapes(episodes):
     for memory in ("lru", "gru"):
         for transitions in TAPES:
             sizes = memory, dqn_tbb.Args().d_model, transitions
-            contestants["dqn_tbb.py", *sizes] = dqn_contestant(dqn_tbb, episodes, *sizes)
+            contestants["dqn_tbb.py", *sizes] = contestant(dqn_tbb, episodes, *sizes)
     return table(contestants, seconds=1.0)
 
 
@@ -205,7 +207,7 @@ def beside_the_authors(episodes):
     contestants = {}
     for transitions in (1_000, 4_000):
         sizes = "lru", 256, transitions
-        q_network, *rest, batch, args = inputs = dqn(dqn_tbb, episodes, *sizes)
+        q_network, *rest, batch, args = inputs = off_policy(dqn_tbb, episodes, *sizes)
         contestants["authors' JAX", *sizes] = jax_contestant(q_network, batch, args)
         contestants["dqn_tbb.py", *sizes] = batch[0].start.numel(), *2 * (partial(dqn_tbb.update, *inputs),)
     return table(contestants, seconds=1.0)

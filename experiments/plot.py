@@ -39,7 +39,8 @@ def read(path):
 POPGYM = {row["task"]: float(row["return"]) for row in read(ROOT / "experiments" / "popgym_random.csv")}
 TASKS = {task: (x, 1.0) for task, x in POPGYM.items()}  # mean return of random actions, and a bound on the return
 TASKS |= {"experiments.tmaze:TMaze": (0.25, 1.0)}
-METHODS = {"dqn_tbb": "TBB", "dqn_sbb": "SBB", "ppo_tbb": "PPO, TBB", "recurrent_ppo": "RecurrentPPO"}
+METHODS = {"dqn_tbb": "TBB", "dqn_sbb": "SBB", "sac_tbb": "SAC, TBB", "ppo_tbb": "PPO, TBB"}
+METHODS |= {"recurrent_ppo": "RecurrentPPO"}
 MEMORIES = {"lru": "LRU", "s5": "S5", "ffm": "FFM", "linear_transformer": "linear transformer", "mingru": "minGRU"}
 MEMORIES |= {"lru mingru": "LRU + minGRU", "gru": "GRU", "none": "none", "": "LSTM"}
 VARIANTS = {"": "", "sensitivity": "", "authors_next_value": ", authors' next value"}
@@ -441,15 +442,20 @@ def t_maze(runs, folder):
     write(table, runs, folder, "t_maze_lru")
 
 
-def defaults(runs, folder):
+def defaults(runs, folder, name="defaults", order="script"):
     """A table without a figure: one row for each script, task and memory."""
     table = [
         {"script": f"`{script}.py`", "task": task, "memory": memory, "seeds": len(some)}
         | {"steps": f"{int(some[0]['total_timesteps']):,}", "random actions": TASKS[task][0]}
+        | {"seconds": f"{np.mean([run['seconds'][-1] for run in some]):.0f}"}
         | {"final return": over_tasks(SCORES["final return"], some)}
         for (script, task, memory), some in grouped(runs, "script", "task", "memory").items()
     ]
-    write(sorted(table, key=lambda row: row["script"]), runs, folder, "defaults")
+    write(sorted(table, key=lambda row: row[order]) if order else table, runs, folder, name)
+
+
+def sac(runs, folder):
+    defaults(runs, folder, "sac", order=None)
 
 
 def popgym(runs, folder):
@@ -525,7 +531,7 @@ def returns(rows, folder):
 
 
 EXPERIMENTS = [sample_efficiency, sensitivity, padding, wall_clock, returns, recall, ablations, memories, defaults]
-EXPERIMENTS += [t_maze, popgym]
+EXPERIMENTS += [t_maze, sac, popgym]
 
 
 def main():

@@ -45,7 +45,8 @@ ROOT = Path(__file__).parent.parent.absolute()
 # ---------------------------------------------------------------------------------------------------------------------
 # What is run. Each line of an experiment is a cross product; a task's number is its total_timesteps
 
-TBB, SBB, PPO, RECURRENT_PPO = "dqn_tbb.py", "dqn_sbb.py", "ppo_tbb.py", "experiments/recurrent_ppo.py"
+TBB, SBB, PPO, SAC = "dqn_tbb.py", "dqn_sbb.py", "ppo_tbb.py", "sac_tbb.py"
+RECURRENT_PPO = "experiments/recurrent_ppo.py"
 MONOIDS = ["lru", "s5", "ffm", "linear_transformer"]
 MEMORIES = [*MONOIDS, "mingru", "lru mingru", "gru", "none"]
 LENGTHS = [10, 20, 50, 100]
@@ -62,6 +63,9 @@ GAMES = ["HigherLowerEasy", "MineSweeperEasy", "BattleshipEasy"]
 CONTROL = ["PositionOnlyCartPoleEasy", "NoisyPositionOnlyCartPoleEasy", "PositionOnlyPendulumEasy"]
 POPGYM = [name[len("popgym-") : -len("-v0")] for name in gym.registry if name.startswith("popgym-")]  # Easy first
 DISCRETE = [task for task in POPGYM if "Pendulum" not in task]
+PENDULUMS = [f"{noise}PositionOnlyPendulum{level}" for noise in ("", "Noisy") for level in ("Easy", "Medium", "Hard")]
+ROBOTS = [f"{robot}{what}" for robot in ("Hopper", "Walker2d", "HalfCheetah") for what in ("Positions", "Velocities")]
+MUJOCO = [f"experiments.partial_mujoco:{robot}" for robot in ROBOTS]
 FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer is an observation of long ago
 SMALL = ["--d-model", "64", "--learning-rate", "1e-3"]  # hundreds of runs: half the width, a third of the time
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
@@ -118,12 +122,20 @@ EXPERIMENTS = {
         dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
         dict(script=[RECURRENT_PPO], task=dict.fromkeys([*MORE_TASKS, *GAMES, *CONTROL], 250_000)),
     ],
+    "sac": [
+        dict(script=[SAC], task=dict.fromkeys(PENDULUMS, 50_000), memory=["lru", "none"]),
+        dict(script=[PPO], task=dict.fromkeys(PENDULUMS, 250_000), memory=["lru", "none"]),
+    ],
+    "mujoco": [
+        dict(script=[SAC], task=dict.fromkeys(MUJOCO, 200_000), memory=["lru", "none"]),
+        dict(script=[PPO], task=dict.fromkeys(MUJOCO, 1_000_000), memory=["lru", "none"]),
+    ],
 }
 EVALUATIONS = 10  # in a run
 SMOKE_TIMESTEPS = 400
 SMOKE = ["--num-envs", "2", "--eval-episodes", "4"]
 SMOKE_MORE = {TBB: ["--d-model", "16", "--learning-starts", "100"], PPO: ["--d-model", "16"]}
-SMOKE_MORE |= {SBB: SMOKE_MORE[TBB], RECURRENT_PPO: ["--num-steps", "16"]}
+SMOKE_MORE |= {SBB: SMOKE_MORE[TBB], SAC: SMOKE_MORE[TBB], RECURRENT_PPO: ["--num-steps", "16"]}
 
 # A variant of a script is more flags, or the patch experiments/variants/NAME.patch
 FLAGS = {"no_previous_action": ["--no-previous-action"], "burn_in": ["--burn-in", "10"]}
@@ -237,10 +249,12 @@ def read_log(run, folder):
 def runs_of(name, seeds, tasks=None, smoke=False):
     """The runs of an experiment's table, seed by seed, so that those of the first seed are a whole table early.
 
-    A smoke test's are short, and of each line's first task, memory and length, and of the first seed.
+    A smoke test's are short, and of each script's first line, task, memory and length, and of the first seed.
     """
-    runs = []
-    for seed, line in itertools.product(seeds[:1] if smoke else seeds, EXPERIMENTS[name]):
+    runs, lines = [], EXPERIMENTS[name]
+    if smoke:
+        seeds, lines = seeds[:1], {line["script"][0]: line for line in reversed(lines)}.values()
+    for seed, line in itertools.product(seeds, lines):
         axes = {axis: list(line.get(axis, [""])) for axis in Run._fields[:5]}
         flags = line.get("flags", [])
         if smoke:

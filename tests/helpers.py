@@ -17,10 +17,19 @@ from torch.utils._pytree import tree_leaves
 import dqn_sbb
 import dqn_tbb
 import ppo_tbb
+import sac_tbb
 
-SCRIPTS = [dqn_tbb, dqn_sbb, ppo_tbb]
+SCRIPTS = [dqn_tbb, dqn_sbb, ppo_tbb, sac_tbb]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+ON_POLICY, CONTINUOUS = [ppo_tbb], [sac_tbb]
+OFF_POLICY, DISCRETE = ([script for script in SCRIPTS if script not in some] for some in (ON_POLICY, CONTINUOUS))
+
+
+def each(scripts):
+    return pytest.mark.parametrize("script", scripts, ids=lambda script: script.__name__)
+
+
+each_script = each(SCRIPTS)
 
 
 class Lengths(gym.Env):
@@ -58,6 +67,10 @@ class Lengths(gym.Env):
         return np.zeros((8, 8, 3), dtype=np.uint8)
 
 
+class ContinuousLengths(Lengths):
+    action_space = Box(4, 6, (1,))
+
+
 class Anything(gym.Env):
     """Any spaces; the observation is always the same; actions are kept. An episode has n steps."""
 
@@ -74,23 +87,33 @@ class Anything(gym.Env):
 
 
 gym.register("Lengths-v0", Lengths)
+gym.register("ContinuousLengths-v0", ContinuousLengths)
 gym.register("here/Lengths-v0", Lengths)
+gym.register("here/ContinuousLengths-v0", ContinuousLengths)
 gym.register("Anything-v0", Anything)
+
+
+def lengths(script):
+    return "ContinuousLengths-v0" if script in CONTINUOUS else "Lengths-v0"
+
+
+def control(script):
+    return "Pendulum-v1" if script in CONTINUOUS else "CartPole-v1"
 
 
 def make(script, **kwargs):
     """(envs, network, act) of a script; act plays at random, as its training does at first."""
-    args = script.Args(**{"env_id": "Lengths-v0", "num_envs": 3, "d_model": 16, **kwargs})
+    args = script.Args(**{"env_id": lengths(script), "num_envs": 3, "d_model": 16, **kwargs})
     envs = script.make_envs(args, args.num_envs)
     torch.manual_seed(0)
-    if script is ppo_tbb:
+    if hasattr(script, "Agent"):
         return envs, script.Agent(envs, args), partial(script.policy, greedy=False)
     return envs, script.QNetwork(envs, args), partial(script.policy, epsilon=0.5)
 
 
 def flags(script, *more):
     """A run of twelve iterations or so, with a checkpoint every few of them."""
-    common = "--env-id Lengths-v0 --total-timesteps 400 --num-envs 4 --d-model 16 --eval-episodes 20"
+    common = f"--env-id {lengths(script)} --total-timesteps 400 --num-envs 4 --d-model 16 --eval-episodes 20"
     own = "--update-epochs 2" if script is ppo_tbb else "--batch-size 100 --learning-starts 50 --buffer-size 500"
     return [*f"{common} --eval-frequency 90 {own}".split(), *more]
 

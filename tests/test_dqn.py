@@ -362,8 +362,35 @@ ALGORITHM = [
     ("            writer.flush()", "            checkpoint = "),
 ]
 
+ACTOR = [
+    ('"""', "A *row*"),
+    ("    capture_video", '    """the id'),  # the default task
+    ("    env_kwargs", "    max_episode_steps: int"),  # defaults
+    ("    max_episode_steps", "    buffer_size: int"),  # the learning rate is constant
+    ("    gamma", "    memory: "),
+    ("    memory: ", "    previous_action: bool"),  # the width
+    ("        for low, high, names in [", "        ]:"),
+    ("    def make_env(", "        render = "),  # actions
+    ("        space = env.action_space", "    try:"),
+    ("    obs: torch.Tensor", "    reward: torch.Tensor"),
+    ('    """Play one whole episode', "    What an environment plays"),
+    ("    return [Rows(", "class Tape:"),  # network
+    ("    def __init__(self, args, envs, device)", "        self.rows = Rows("),  # actions
+    ('        self.index, self.end = state["index"]', 'if __name__ == "__main__":'),  # update
+    ("    envs, eval_envs = ", "    run_name = "),
+    ("        buffer = Tape(", "        for name, learner in"),
+    ('        fail(f"{path}: ', "    if args.compile:"),
+    ("    if args.evaluate:", "        eval_envs.close()"),
+    ("        # ALGO LOGIC: play whole episodes", "        for episode in episodes:"),
+    ("            buffer.add(episode)", "        lengths = "),  # the scale of the rewards
+    ("        iteration, global_step =", '        metrics["charts/episodic_return"]'),
+    ("        if evaluated:", "        seconds = "),
+]
 
-@pytest.mark.parametrize("other, regions, most", [("dqn_sbb", BATCHING, 90), ("ppo_tbb", ALGORITHM, 400)])
+
+@pytest.mark.parametrize(
+    "other, regions, most", [("dqn_sbb", BATCHING, 90), ("ppo_tbb", ALGORITHM, 400), ("sac_tbb", ACTOR, 160)]
+)
 def test_scripts_differ_only_where_they_must(other, regions, most):
     a = [line.rstrip() for line in Path(dqn_tbb.__file__).read_text().splitlines()]
     b = [line.rstrip() for line in Path(dqn_tbb.__file__).with_name(f"{other}.py").read_text().splitlines()]

@@ -287,14 +287,15 @@ def test_every_experiment_gives_its_rows(sweep, smoke):
     variants = set()
     for name in sweep.EXPERIMENTS:
         rows, runs = rows_of(smoke / f"{name}.csv"), sweep.runs_of(name, [1], smoke=True)
-        assert {row["run"] for row in rows} == {run.key for run in runs} and len(runs) > 1
+        assert {row["run"] for row in rows} == {run.key for run in runs}
         for run in runs:
             variants.add(run.variant)
             own = [row for row in rows if row["run"] == run.key]
             steps = [int(row["step"]) for row in own]
             assert steps == sorted(set(steps)) and len(steps) > 1 and steps[-1] >= run.total_timesteps
-            assert all(-1 <= float(row["eval_return"]) <= 1 for row in own) and own[-1]["episodic_return"]
-            assert bool(own[-1]["td_loss"]) == bool(own[-1]["q_values"]) == (run.script in (sweep.TBB, sweep.SBB))
+            assert all(-1 <= float(row["eval_return"]) <= 1 for row in own) or name == "mujoco"
+            off_policy = run.script in (sweep.TBB, sweep.SBB, sweep.SAC)
+            assert own[-1]["episodic_return"] and bool(own[-1]["td_loss"]) == bool(own[-1]["q_values"]) == off_policy
             assert bool(own[-1]["padding"]) == (run.script == sweep.SBB)
             ages = {len(row["sensitivity"].split()) for row in own}
             assert min(ages) > 50 if run.variant == "sensitivity" else ages == {0}
@@ -325,7 +326,7 @@ def test_every_experiment_gives_its_figures_and_tables(sweep, smoke):
     }
     assert {path.stem for path in (smoke.parent / "figures").iterdir()} == names
     tables = [x.split("<!-- end -->")[0] for page in pages for x in page.read_text().split("<!-- table: ")[1:]]
-    assert len(tables) == 11 and all(table.count("\n|") > 2 for table in tables)
+    assert len(tables) == 15 and all(table.count("\n|") > 2 for table in tables)
 
 
 def test_popgym_plays_every_task_seed_by_seed(sweep):

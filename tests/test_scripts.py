@@ -1,4 +1,4 @@
-"""What the three scripts share, tested in each of them: spaces, `collect`, the command line, evaluation."""
+"""What the scripts share, tested in each of them: spaces, `collect`, the command line, evaluation."""
 
 import itertools
 import os
@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Sequence, Text, Tuple
-from helpers import Lengths, assert_refused, checkpoint_of, contents, each_script, flags, load, make, outcome, scalars
+from helpers import CONTINUOUS, DISCRETE, ContinuousLengths, Lengths, assert_refused, checkpoint_of, contents, control
+from helpers import each, each_script, flags, load, make, outcome, scalars
 
 import dqn_sbb
 import dqn_tbb
 import ppo_tbb
+import sac_tbb
 from monoids import MEMORIES
 
 play = helpers.play
@@ -47,11 +49,12 @@ def test_collect_plays_one_whole_episode_in_each_environment(script, num_envs, m
         n = int(e.obs[0, 1])
         np.testing.assert_array_equal(e.obs, [[step, n] for step in range(n + 1)])
         action = e.reward[:-1] - 100 * np.arange(n)  # the environment's own, which counts from 5
-        np.testing.assert_array_equal(e.action[:-1].reshape(n), action - 5)
+        np.testing.assert_allclose(e.action[:-1].reshape(n), action - 5, atol=0.01)  # float32, far from 0
         assert e.reward[-1] == 0 and not e.action[-1].any()
         np.testing.assert_array_equal(e.terminated, np.arange(n + 1) == (n - 1 if n % 2 else -1))
         np.testing.assert_array_equal(e.start, np.arange(n + 1) == 0)
-        assert [x.dtype for x in e] == [np.float32, np.int64, np.float32, bool, bool]
+        dtype = np.float32 if script in CONTINUOUS else np.int64
+        assert [x.dtype for x in e] == [np.float32, dtype, np.float32, bool, bool]
 
 
 @each_script
@@ -75,12 +78,13 @@ def test_network_computes_the_same_while_playing_and_over_the_tape(script, memor
 
     def forward(*inputs):
         y, *_, state = network(*inputs)
-        return y[0].logits if script is ppo_tbb else y, state
+        return y[0].logits if script is ppo_tbb else y, state  # of sac_tbb: the features
 
     def act(network, obs, previous_action, start, state):
         y, state = forward(obs, previous_action, start, state)
         played.append(y[0])
-        return torch.randint(3, previous_action.shape[1:]), state
+        shape = previous_action.shape[1:]
+        return torch.rand(shape) * 2 - 1 if script in CONTINUOUS else torch.randint(3, shape), state
 
     episodes = script.collect(envs, network, act, (1, 0))
     obs, action, _, _, start = (torch.as_tensor(np.concatenate(x))[:, None] for x in zip(*episodes))
@@ -92,7 +96,7 @@ def test_network_computes_the_same_while_playing_and_over_the_tape(script, memor
 
 @each_script
 def test_max_episode_steps_truncates(script):
-    envs, network, act = make(script, env_id="CartPole-v1", max_episode_steps=5)
+    envs, network, act = make(script, env_id=control(script), max_episode_steps=5)
     for e in script.collect(envs, network, act, (1, 0)):
         assert len(e.start) == 6 and not e.terminated.any()
 
@@ -100,13 +104,14 @@ def test_max_episode_steps_truncates(script):
 @each_script
 def test_evaluation_is_greedy(script, monkeypatch):
     envs, network, _ = make(script, num_envs=5)
-    last = (network.actor if script is ppo_tbb else network.head)[-1]
+    last = (network.actor if hasattr(script, "Agent") else network.head)[-1]
     torch.nn.init.zeros_(last.weight)
-    last.bias.data = torch.arange(len(last.bias)) / 10.0  # the last action is a little better
+    last.bias.data = torch.arange(len(last.bias)) / 10.0 + 0.5  # the last action is a little better; a mean of 0.5
+    best = np.float32(np.tanh(0.5)) if script in CONTINUOUS else 2
     episodes, collect = [], script.collect
     monkeypatch.setattr(script, "collect", lambda *args: episodes.extend(collect(*args)) or episodes)
     returns = script.evaluate(envs, network, script.Args())
-    assert len(episodes) == 5 and all((e.action[:-1] == 2).all() for e in episodes)
+    assert len(episodes) == 5 and all(np.allclose(e.action[:-1], best) for e in episodes)
     np.testing.assert_array_equal(returns, [e.reward.sum() for e in episodes])
 
 
@@ -139,7 +144,9 @@ OBSERVATIONS = [  # space, an observation, what the network sees
 @each_script
 @pytest.mark.parametrize("space, obs, expected", OBSERVATIONS, ids=lambda x: type(x).__name__)
 def test_observations_are_flattened(script, space, obs, expected):
-    envs, network, act = make(script, env_id="Anything-v0", env_kwargs={"observation_space": space, "obs": obs})
+    kwargs = {"observation_space": space, "obs": obs}
+    kwargs["action_space"] = Box(-1, 1, (1,)) if script in CONTINUOUS else Discrete(2)
+    envs, network, act = make(script, env_id="Anything-v0", env_kwargs=kwargs)
     for e in script.collect(envs, network, act, 0):
         np.testing.assert_array_equal(e.obs, np.float32([expected] * 4))
 
@@ -147,7 +154,7 @@ def test_observations_are_flattened(script, space, obs, expected):
 ACTIONS = [Discrete(4, start=3), MultiDiscrete([2, 3, 4]), MultiDiscrete([[2, 3]], start=[[1, -1]])]
 
 
-@each_script
+@each(DISCRETE)
 @pytest.mark.parametrize("space", ACTIONS, ids=str)
 def test_every_discrete_action_reaches_the_environment(script, space):
     nvec = np.ravel(getattr(space, "nvec", getattr(space, "n", None)))
@@ -178,7 +185,7 @@ REFUSED += [("action_space", Tuple((Discrete(2), Discrete(3))))]
 @each_script
 @pytest.mark.parametrize("which, space", REFUSED, ids=str)
 def test_unsupported_spaces_are_refused(script, which, space, play, tmp_path, monkeypatch):
-    monkeypatch.setattr(Lengths, which, space)
+    monkeypatch.setattr(ContinuousLengths if script in CONTINUOUS else Lengths, which, space)
     help = "ObservationWrapper" if which == "observation_space" else "takes"
     assert_refused(play(script, *flags(script)), str(space), help)
     assert not [*tmp_path.iterdir()]
@@ -194,7 +201,8 @@ def test_dqn_refuses_continuous_actions(script, play):
 
 
 TASKS = ["popgym-RepeatPreviousEasy-v0", "popgym-AutoencodeEasy-v0", "CartPole-v1"]
-RUNS = [(ppo_tbb, "popgym-PositionOnlyPendulumEasy-v0"), *itertools.product(helpers.SCRIPTS, TASKS)]
+PENDULUMS = ["popgym-PositionOnlyPendulumEasy-v0", "Pendulum-v1"]
+RUNS = [*itertools.product(DISCRETE, TASKS), *itertools.product([ppo_tbb, sac_tbb], PENDULUMS)]
 
 
 @pytest.mark.parametrize("script, env_id", RUNS, ids=lambda x: getattr(x, "__name__", x))
@@ -349,7 +357,7 @@ def test_video_holds_the_first_episode(script, lengths, episodes, play, tmp_path
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules[name].ImageSequenceClip = clip
     monkeypatch.setattr(Lengths, "lengths", lengths)
-    play(script, *flags(script, "--env-id", "here/Lengths-v0"))
+    play(script, *flags(script, "--env-id", f"here/{helpers.lengths(script)}"))
     evaluate = ["--evaluate", checkpoint_of(tmp_path), "--eval-episodes", episodes, "--capture-video"]
     assert play(script, *evaluate)[0] == 0
     (video,) = tmp_path.glob("videos/*.mp4")

@@ -1,4 +1,4 @@
-"""What a run survives, in all three scripts: SIGKILL, signals, wrong arguments, damaged files, numbers gone wrong.
+"""What a run survives, in every script: SIGKILL, signals, wrong arguments, damaged files, numbers gone wrong.
 
 KILLS=200 python -m pytest -s tests/test_trust.py -k sigkill     kills a run 200 times instead of 5
 """
@@ -19,12 +19,14 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
-from helpers import Lengths, assert_refused, checkpoint_of, contents, each_script, flags, load, outcome, scalars
+from helpers import Lengths, assert_refused, checkpoint_of, contents, control, each, each_script, flags, load, outcome
+from helpers import scalars
 from torch.utils._pytree import tree_leaves
 
 import dqn_sbb
 import dqn_tbb
 import ppo_tbb
+import sac_tbb
 
 KILLS = int(os.environ.get("KILLS", 5))
 play = helpers.play
@@ -56,7 +58,7 @@ def test_resumed_run_is_bit_identical_after_sigkill(script, play, tmp_path):
     kills = KILLS if script is dqn_tbb else math.ceil(KILLS * 0.15)
     rng, processes = random.Random(kills), multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["helpers"])  # a process that has imported the scripts starts at once
-    fresh = flags(script, "--env-id", "CartPole-v1", "--max-episode-steps", 30, "--eval-frequency", 150)
+    fresh = flags(script, "--env-id", control(script), "--max-episode-steps", 30, "--eval-frequency", 150)
     fresh += ["--eval-episodes", 4, "--total-timesteps", 500 * kills + 300]
     assert play(script, *fresh, folder="whole")[0] == 0
     killed = tmp_path / "killed"
@@ -155,7 +157,7 @@ def test_directory_that_cannot_be_written_is_refused(script, play, tmp_path):
     assert_refused(play(script, *flags(script)), "runs/")
 
 
-@pytest.mark.parametrize("script", [dqn_tbb, dqn_sbb])
+@each(helpers.OFF_POLICY)
 @pytest.mark.parametrize("size", [10**15, 10**18, 10**30], ids=["bytes", "overflow", "not_int64"])
 def test_buffer_larger_than_memory_is_refused(script, size, play, tmp_path):
     assert_refused(play(script, *flags(script), "--buffer-size", size))
@@ -199,7 +201,7 @@ def test_invalid_checkpoint_is_refused(script, flag, play, tmp_path):
 def test_checkpoint_of_another_network_is_refused(script, flag, play, tmp_path, monkeypatch):
     play(script, *flags(script))
     path, before = checkpoint_of(tmp_path), contents(tmp_path)
-    for change in ("--d-model 32", "--memory gru", "--env-id CartPole-v1", "--no-previous-action"):
+    for change in ("--d-model 32", "--memory gru", f"--env-id {control(script)}", "--no-previous-action"):
         assert_refused(play(script, flag, path, *change.split()), str(path))
     monkeypatch.setattr(Lengths, "observation_space", Box(0, np.inf, (3,)))  # changed in the meantime
     monkeypatch.setattr(Lengths, "observe", lambda env: np.zeros(3, dtype=np.float32))
@@ -214,7 +216,7 @@ def test_checkpoint_imports_no_module_unasked(script, flag, play, tmp_path, monk
     path, module = checkpoint_of(tmp_path), f"imported_{script.__name__}_{flag[2:]}"
     (tmp_path / f"{module}.py").write_text("import os\nos.mkdir('it_ran')")
     monkeypatch.syspath_prepend(tmp_path)
-    checkpoint, env_id = load(path), f"{module}:Lengths-v0"
+    checkpoint, env_id = load(path), f"{module}:{helpers.lengths(script)}"
     checkpoint["args"]["env_id"] = env_id
     torch.save(checkpoint, path)
     for more in ([], ["--env-id", "other_module:Lengths-v0"]):
@@ -232,13 +234,15 @@ EVERYWHERE = """seed=-1 seed=4294967296 seed=one max-episode-steps=-1 total-time
     eval-frequency=0 eval-episodes=0 gamma=2 gamma=-1 gamma=nan learning-rate=-1 learning-rate=0 learning-rate=nan
     learning-rate=inf max-grad-norm=0 max-grad-norm=-1 max-grad-norm=nan memory=lstm memory= no-such-thing=1
     capture-video="""
-DQN = """tau=2 tau=nan start-e=5 end-e=-1 exploration-fraction=-0.1 exploration-fraction=2 learning-starts=-5
-    learning-starts=400 batch-size=0 batch-size=600 buffer-size=0 train-frequency=0"""
+OFF_POLICY = """tau=2 tau=nan learning-starts=-5 learning-starts=400 batch-size=0 batch-size=600 buffer-size=0
+    train-frequency=0"""
+DQN = OFF_POLICY + " start-e=5 end-e=-1 exploration-fraction=-0.1 exploration-fraction=2"
 WRONG = {
     dqn_tbb: DQN,
     dqn_sbb: DQN + " segment-length=0 segment-length=101 burn-in=-1 burn-in=50",
     ppo_tbb: """gae-lambda=2 num-minibatches=0 update-epochs=0 clip-coef=-1 clip-coef=nan ent-coef=-1 ent-coef=inf
         vf-coef=-1 target-kl=-1 target-kl=nan""",
+    sac_tbb: OFF_POLICY,
 }
 TABLE = [(script, wrong) for script in WRONG for wrong in (EVERYWHERE + " " + WRONG[script]).split()]
 
@@ -335,7 +339,8 @@ def test_run_that_diverges_stops_before_the_step(script, why, play, tmp_path, mo
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_one_that_is_infinite)
     else:
         more = ["--learning-rate", 1e30, "--eval-frequency", 1]
-    assert_refused(play(script, *flags(script), *more), "the loss is", "unchanged")
+    first = "reward" if why == "learning rate" and script in helpers.CONTINUOUS else "the loss is"  # for an action of NaN
+    assert_refused(play(script, *flags(script), *more), first, "unchanged")
     assert steps
     for path in tmp_path.glob("runs/*/checkpoint.pt"):
         assert all(x.isfinite().all() for x in tree_leaves(load(path)["learners"]) if torch.is_tensor(x))

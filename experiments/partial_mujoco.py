@@ -1,0 +1,24 @@
+"""MuJoCo robots that see only their positions or only their velocities (pip install "gymnasium[mujoco]").
+
+    PYTHONPATH=. python sac_tbb.py --env-id experiments.partial_mujoco:HopperPositions-v0
+
+Robots: Hopper, Walker2d, HalfCheetah; Positions or Velocities.
+"""
+
+from functools import partial
+
+import gymnasium as gym
+from gymnasium.spaces import Box
+
+
+def make(robot, what, **kwargs):
+    env = gym.make(f"{robot}-v5", **kwargs)
+    n = env.unwrapped.observation_structure["qpos"]  # positions come first, then velocities
+    part = slice(n) if what == "Positions" else slice(n, None)
+    low, high, dtype = env.observation_space.low[part], env.observation_space.high[part], env.observation_space.dtype
+    return gym.wrappers.TransformObservation(env, lambda obs: obs[part], Box(low, high, dtype=dtype))
+
+
+for robot in ("Hopper", "Walker2d", "HalfCheetah"):
+    for what in ("Positions", "Velocities"):
+        gym.register(f"{robot}{what}-v0", partial(make, robot, what))
