@@ -351,7 +351,6 @@ ALGORITHM = [
     ("    obs: torch.Tensor", "    reward: torch.Tensor"),
     ('    """Play one whole episode', "    What an environment plays"),
     ("    return [Rows(", 'if __name__ == "__main__":'),  # network, tape, update
-    ("    envs, eval_envs = ", "    run_name = "),
     ("    try:", "        for name, learner in"),
     ('            learner.load_state_dict(saved["learners"]', "        if not args.evaluate"),
     ('        fail(f"{path}: ', "    if args.evaluate:"),
@@ -377,9 +376,8 @@ ACTOR = [
     ("    return [Rows(", "class Tape:"),  # network
     ("    def __init__(self, args, envs, device)", "        self.rows = Rows("),  # actions
     ('        self.index, self.end = state["index"]', 'if __name__ == "__main__":'),  # update
-    ("    envs, eval_envs = ", "    run_name = "),
-    ("        buffer = Tape(", "        for name, learner in"),
-    ('        fail(f"{path}: ', "    if args.compile:"),
+    ("        q_network = ", "        for name, learner in"),
+    ('        fail(f"{path}: ', "    if args.evaluate:"),
     ("    if args.evaluate:", "        eval_envs.close()"),
     ("        # ALGO LOGIC: play whole episodes", "        for episode in episodes:"),
     ("            buffer.add(episode)", "        lengths = "),  # the scale of the rewards
