@@ -401,8 +401,9 @@ def compare(runs, folder, name, column, title):
                     at = (found[0], y - 0.12 + 0.24 * i)
                     ax.errorbar(*at, xerr=errors(*found)[:, None], label=score if y == 0 else None, **style)
                     table.append({"score": score, column: label, "task": task, "value": found})
-            value = over_tasks(normalised(score), some)
-            table.append({"score": score, column: label, "task": "mean (normalised)", "value": value})
+            if {run["task"] for run in some} == {*tasks}:
+                value = over_tasks(normalised(score), some)
+                table.append({"score": score, column: label, "task": "mean (normalised)", "value": value})
     for ax, task in zip(axes.flat, tasks):
         ax.set_title(task, fontsize=9)
         ax.set_xlabel("evaluation return")

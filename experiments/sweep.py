@@ -72,12 +72,12 @@ LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episod
 
 
 def t_maze(n, memory, **kwargs):
-    """A corridor of n steps that moves the agent; 300 episodes, and after each of them an update of eight episodes."""
+    """A corridor of n steps that moves the agent; 500 episodes, and after each of them an update of eight episodes."""
     flags = ["--env-kwargs", "corridor_length", n, "walk", "False", "--no-previous-action", "--num-envs", 16]
-    flags += ["--batch-size", 8 * n, "--train-frequency", n, "--learning-starts", 8 * n, "--buffer-size", 400 * n]
-    flags += ["--gamma", 0.5, "--d-model", 32, "--learning-rate", 1e-3, "--exploration-fraction", 0.5]
+    flags += ["--batch-size", 8 * n, "--train-frequency", n, "--learning-starts", 8 * n, "--buffer-size", 600 * n]
+    flags += ["--gamma", 0.5, "--d-model", 32, "--learning-rate", 3e-3, "--exploration-fraction", 0.5]
     flags += ["--memory-kwargs", *itertools.chain(*kwargs.items())] if kwargs else []
-    return dict(script=[TBB], task={"experiments.tmaze:TMaze": 300 * n}, memory=memory, flags=[*map(str, flags)])
+    return dict(script=[TBB], task={"experiments.tmaze:TMaze": 500 * n}, memory=memory, flags=[*map(str, flags)])
 
 
 LRU = dict(script=[TBB], task=TASKS, memory=["lru"], flags=SMALL)
@@ -133,7 +133,7 @@ EXPERIMENTS = {
 }
 EVALUATIONS = 10  # in a run
 SMOKE_TIMESTEPS = 400
-SMOKE = ["--num-envs", "2", "--eval-episodes", "4"]
+SMOKE = ["--num-envs", "1", "--eval-episodes", "4"]
 SMOKE_MORE = {TBB: ["--d-model", "16", "--learning-starts", "100"], PPO: ["--d-model", "16"]}
 SMOKE_MORE |= {SBB: SMOKE_MORE[TBB], SAC: SMOKE_MORE[TBB], RECURRENT_PPO: ["--num-steps", "16"]}
 

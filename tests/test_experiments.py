@@ -319,7 +319,8 @@ def test_every_experiment_gives_its_figures_and_tables(sweep, smoke):
     names = {"sample_efficiency", "sample_efficiency_curves", "padding", "wall_clock", "returns", "recall"}
     names |= {
         "ablations",
-        "memories",
+        "memories_dqn_tbb",
+        "memories_ppo_tbb",
         "popgym",
         "popgym_curves",
         *(f"sensitivity_{run.task}" for run in sweep.runs_of("sensitivity", [1], smoke=True)),
