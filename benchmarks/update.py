@@ -108,21 +108,20 @@ HEADER = "update,memory,d_model,threads,transitions,rows,ms,us a row,bare ms,x b
 
 def table(contestants, seconds):
     """contestants {(name, memory, d_model, transitions): (rows, update, the same one not compiled or None)} -> rows"""
-    calls, found = {}, []
-    for key, (_, f, plain) in contestants.items():
-        calls[key] = f
+    found = []
+    for key, (rows, f, plain) in contestants.items():
+        name, memory, d_model, transitions = key
+        script = name if name in ("sac_tbb.py", "ppo_tbb.py") else "dqn_tbb.py"
+        calls = {"update": f}
         if plain:
             plain()
-            calls[key, "bare"] = MatrixProducts(plain).replay
-    time = measure.interleaved(calls, seconds)
-    for key, (rows, f, _) in contestants.items():
-        name, memory, d_model, transitions = key
-        bare = time.get((key, "bare"), math.nan)
-        script = name if name in ("sac_tbb.py", "ppo_tbb.py") else "dqn_tbb.py"
-        lru = time.get((script, "lru", d_model, transitions), math.nan)
+            calls["bare"] = MatrixProducts(plain).replay
+        if lru := contestants.get((script, "lru", d_model, transitions)):
+            calls["lru"] = lru[1]
+        time = {"bare": math.nan, "lru": math.nan} | measure.interleaved(calls, seconds)
         head = (name, memory, d_model, measure.THREADS, transitions, rows)
-        costs = (1e3 * time[key], 1e6 * time[key] / rows, 1e3 * bare, time[key] / bare)
-        found.append((*head, *costs, measure.peak_memory(f) / 1024 / rows, time[key] / lru))
+        costs = (1e3 * time["update"], 1e6 * time["update"] / rows, 1e3 * time["bare"], time["update"] / time["bare"])
+        found.append((*head, *costs, measure.peak_memory(f) / 1024 / rows, time["update"] / time["lru"]))
         print(*map(measure.show, found[-1]), flush=True)
     return found
 
