@@ -427,7 +427,8 @@ def memories(runs, folder):
 def t_maze(runs, folder):
     """Success by memory and length of the corridor, and what it took the LRU."""
     length = lambda run: int(re.search(r"corridor_length (\d+)", run["run"])[1])
-    runs = [run | {"corridor": f"{length(run):,}"} for run in sorted(runs, key=length)]
+    label = lambda run: f"N = {length(run):,}, {int(run['total_timesteps']) // length(run)} episodes"
+    runs = [run | {"corridor": label(run)} for run in sorted(runs, key=length)]
     table = [
         {"memory": memory, "corridor": corridor, "value": over_tasks(SCORES["final return"], some)}
         for (memory, corridor), some in grouped(runs, "memory", "corridor").items()
