@@ -283,7 +283,7 @@ def update(agent, target_agent, optimizer, batch, args):
     loss.backward()
     actor_loss.backward(inputs=[*agent.actor.parameters()])  # CRUCIAL: not the critics' parameters
     norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-    if not torch.isfinite(loss + norm + agent.reward_scale):
+    if not torch.isfinite(loss + norm + agent.reward_scale):  # the squares of rewards may overflow
         fail(f"the loss is {loss}, the norm of its gradient {norm}: stopped before the step; checkpoints are unchanged")
     optimizer.step()
     with torch.no_grad():
