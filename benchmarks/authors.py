@@ -40,7 +40,7 @@ def reset_or_continue(left, right):
 
 def lru(p, name, x, start):
     get = lambda key: p[f"{name}.{key}"]
-    decay = jnp.exp(-jnp.exp(get("nu_log")) + 1j * jnp.exp(get("theta_log")))  # (N,)
+    decay = jnp.exp(-jnp.exp(get("nu_log")) + 1j * get("theta"))  # (N,)
     B = jnp.exp(get("gamma_log"))[:, None] * (get("B")[:, 0] + 1j * get("B")[:, 1])
     C = get("C")[..., 0] - 1j * get("C")[..., 1]
     decays = jnp.concatenate((jnp.ones((1, len(decay))), jnp.repeat(decay[None], len(x), 0)))  # (T + 1, N)

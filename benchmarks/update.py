@@ -189,7 +189,7 @@ def jax_contestant(q_network, batch, args):
         "start": rows.start[t, 0],
     }
     tape = {name: jnp.asarray(x.numpy()) for name, x in tape.items()}
-    p = {name: jnp.array(x.detach().numpy()) for name, x in q_network.named_parameters()}  # a copy: ours goes on
+    p = {name: jnp.array(x.detach().numpy()) for name, x in q_network.state_dict().items()}  # a copy: ours goes on
     theirs, q = jax.jit(authors.q_values)(p, tape["observation"], tape["start"]), q[t, 0].numpy()
     assert np.abs(theirs - q).max() < 1e-4 * np.abs(q).max(), "the two networks differ"
 

@@ -805,8 +805,9 @@ def run(cell, x):
 
 def test_lru_equations():
     cell = monoids.LRUCell(D, d_state=5).to(REAL)
+    torch.nn.init.normal_(cell.D)  # it begins at 0
     x = normal(20, 3, D)
-    lambda_ = torch.exp(-torch.exp(cell.nu_log) + 1j * torch.exp(cell.theta_log))  # (N,)
+    lambda_ = torch.exp(-torch.exp(cell.nu_log) + 1j * cell.theta)  # (N,)
     B, C = torch.complex(*cell.B.unbind(1)), torch.view_as_complex(cell.C).conj()  # (N, D), (D, N)
     b = torch.exp(cell.gamma_log) * (x.to(COMPLEX) @ B.T)  # (T, B, N)
     h = loop(lambda_, b)
