@@ -66,7 +66,7 @@ class Args:
     """the discount factor gamma"""
     gae_lambda: float = 0.95
     """the lambda for the general advantage estimation"""
-    num_minibatches: int = 4
+    num_minibatches: int = 16
     """the number of minibatches, each of whole episodes"""
     update_epochs: int = 4
     """the epochs in which an iteration's episodes are trained on"""
