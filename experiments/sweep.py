@@ -71,11 +71,12 @@ SMALL = ["--d-model", "64", "--learning-rate", "1e-3"]  # hundreds of runs: half
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
 
 
-def t_maze(n, memory, episodes=300, **kwargs):
-    """A corridor of n steps that moves the agent; after each episode an update with eight of them."""
+def t_maze(n, memory, episodes=300, updates=1, **kwargs):
+    """A corridor of n steps that moves the agent; updates after each episode, each with eight of them."""
     flags = ["--env-kwargs", "corridor_length", n, "walk", "False", "--no-previous-action", "--num-envs", 16]
-    flags += ["--batch-size", 8 * n, "--train-frequency", n, "--learning-starts", 8 * n, "--buffer-size", 400 * n]
-    flags += ["--gamma", 0.5, "--d-model", 32, "--learning-rate", 1e-3, "--exploration-fraction", 0.5]
+    flags += ["--batch-size", 8 * n, "--train-frequency", n // updates, "--learning-starts", 8 * n]
+    flags += ["--buffer-size", 400 * n, "--gamma", 0.5, "--d-model", 32, "--learning-rate", 1e-3]
+    flags += ["--exploration-fraction", 0.5]
     flags += ["--memory-kwargs", *itertools.chain(*kwargs.items())] if kwargs else []
     return dict(script=[TBB], task={"experiments.tmaze:TMaze": episodes * n}, memory=memory, flags=[*map(str, flags)])
 
@@ -112,6 +113,7 @@ EXPERIMENTS = {
         *(t_maze(n, ["ffm"], horizon=100 * n) for n in (50, 250, 1000)),
         *(t_maze(n, ["linear_transformer", "gru", "none"]) for n in (50, 250, 1000)),
         t_maze(4000, ["lru"], episodes=400, horizon=400_000, d_state=64),
+        t_maze(10_000, ["lru"], updates=2, horizon=1_000_000, d_state=64),
     ],
     "defaults": [
         dict(script=[TBB], task=dict.fromkeys([*TASKS, *GAMES], 40_000), memory=["lru"]),
