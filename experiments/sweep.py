@@ -72,7 +72,7 @@ LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episod
 
 
 def t_maze(n, memory, episodes=300, updates=1, **kwargs):
-    """A corridor of n steps that moves the agent; updates after each episode, each with eight of them."""
+    """A corridor of n steps that moves the agent; after each episode so many updates, of eight each."""
     flags = ["--env-kwargs", "corridor_length", n, "walk", "False", "--no-previous-action", "--num-envs", 16]
     flags += ["--batch-size", 8 * n, "--train-frequency", n // updates, "--learning-starts", 8 * n]
     flags += ["--buffer-size", 400 * n, "--gamma", 0.5, "--d-model", 32, "--learning-rate", 1e-3]

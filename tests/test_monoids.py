@@ -839,6 +839,13 @@ def test_lru_preserves_the_variance_of_white_noise():
     assert h[1000:].abs().square().mean() == pytest.approx(1, abs=0.05)
 
 
+def test_lru_has_fixed_phases_and_begins_without_d():
+    """As its docstring says; the phases belong to a checkpoint all the same."""
+    cell = monoids.LRUCell(D)
+    assert not cell.D.any() and cell.theta.any()
+    assert "theta" in cell.state_dict() and "theta" not in dict(cell.named_parameters())
+
+
 def hippo_normal(n):
     """HiPPO-LegS and the rank-one correction that makes it normal: A + P P^T, (n, n)."""
     A = torch.zeros(n, n, dtype=REAL)
