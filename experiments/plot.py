@@ -38,14 +38,16 @@ def read(path):
 # tasks, methods, memories and variants are shown in these orders
 POPGYM = {row["task"]: float(row["return"]) for row in read(ROOT / "experiments" / "popgym_random.csv")}
 TASKS = {task: (x, 1.0) for task, x in POPGYM.items()}  # mean return of random actions, and a bound on the return
-TASKS |= {"experiments.tmaze:TMaze": (0.25, 1.0)}
+TASKS |= {"TMaze": (0.25, 1.0)}
+ROBOTS = {"Hopper": 20, "Walker2d": 2, "HalfCheetah": -286}  # random actions: 300, 300 and 100 episodes
+TASKS |= {f"{robot}{what}": (x, np.nan) for robot, x in ROBOTS.items() for what in ("Positions", "Velocities", "Full")}
 METHODS = {"dqn_tbb": "TBB", "dqn_sbb": "SBB", "sac_tbb": "SAC, TBB", "ppo_tbb": "PPO, TBB"}
-METHODS |= {"recurrent_ppo": "RecurrentPPO"}
+METHODS |= {"recurrent_ppo": "RecurrentPPO", "sb3_sac": "SAC of Stable-Baselines3"}
 MEMORIES = {"lru": "LRU", "s5": "S5", "ffm": "FFM", "linear_transformer": "linear transformer", "mingru": "minGRU"}
 MEMORIES |= {"lru mingru": "LRU + minGRU", "gru": "GRU", "none": "none", "": "LSTM"}
 VARIANTS = {"": "", "sensitivity": "", "authors_next_value": ", authors' next value"}
 VARIANTS |= {"cut_last_episode": ", last episode cut", "prioritised": ", prioritised replay"}
-VARIANTS |= {"no_previous_action": ", no previous action", "burn_in": ", burn-in"}
+VARIANTS |= {"no_previous_action": ", no previous action", "burn_in": ", burn-in", "separate_memories": ", separate"}
 
 SERIES = ["step", "seconds", "eval_return", "padding"]  # columns with a number an evaluation
 SCORES = {  # of a run
@@ -72,7 +74,7 @@ def runs_of(rows):
         run["sensitivity"].append(np.array(row["sensitivity"].split(), dtype=float))
     for run in runs.values():
         run |= {name: np.array(run[name]) for name in SERIES}
-        run["task"] = run["env_id"].removeprefix("popgym-").removesuffix("-v0")
+        run["task"] = run["env_id"].removeprefix("popgym-").removesuffix("-v0").split(":")[-1]
         run["method"] = METHODS[run["script"]] + f", L = {run['segment_length']}" * bool(run["segment_length"])
     columns = {"task": TASKS, "memory": MEMORIES, "script": METHODS, "variant": VARIANTS}
     ranks = lambda run: [list(order).index(run[name]) for name, order in columns.items()]
@@ -457,7 +459,14 @@ def defaults(runs, folder, name="defaults", order="script"):
 
 
 def sac(runs, folder):
-    defaults(runs, folder, "sac", order=None)
+    defaults([run | {"memory": run["memory"] + VARIANTS[run["variant"]]} for run in runs], folder, "sac", order=None)
+
+
+def mujoco(runs, folder):
+    """Stable-Baselines3's SAC has no memory."""
+    name = lambda run: "none" if run["script"] == "sb3_sac" else run["memory"]
+    runs = [run | {"memory": name(run)} for run in runs]
+    defaults(runs, folder, "mujoco", order=None)
 
 
 def popgym(runs, folder):
@@ -533,7 +542,7 @@ def returns(rows, folder):
 
 
 EXPERIMENTS = [sample_efficiency, sensitivity, padding, wall_clock, returns, recall, ablations, memories, defaults]
-EXPERIMENTS += [t_maze, sac, popgym]
+EXPERIMENTS += [t_maze, sac, mujoco, popgym]
 
 
 def main():

@@ -7,8 +7,10 @@ charts/eval_return (greedy episodes on a fresh environment) and charts/episodic_
 """
 
 import argparse
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -26,7 +28,7 @@ class Evaluate(BaseCallback):
     def __init__(self, envs, args):
         super().__init__()
         self.envs, self.args, self.evaluated = envs, args, 0
-        self.writer = SummaryWriter(f"runs/{args.env_id}__recurrent_ppo__{args.seed}__{int(time.time())}")
+        self.writer = SummaryWriter(f"runs/{args.env_id}__{Path(sys.argv[0]).stem}__{args.seed}__{int(time.time())}")
         self.writer.add_text("hyperparameters", str(vars(args)))
 
     def _on_step(self):

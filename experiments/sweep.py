@@ -46,7 +46,7 @@ ROOT = Path(__file__).parent.parent.absolute()
 # What is run. Each line of an experiment is a cross product; a task's number is its total_timesteps
 
 TBB, SBB, PPO, SAC = "dqn_tbb.py", "dqn_sbb.py", "ppo_tbb.py", "sac_tbb.py"
-RECURRENT_PPO = "experiments/recurrent_ppo.py"
+RECURRENT_PPO, SB3_SAC = "experiments/recurrent_ppo.py", "experiments/sb3_sac.py"
 MONOIDS = ["lru", "s5", "ffm", "linear_transformer"]
 MEMORIES = [*MONOIDS, "mingru", "lru mingru", "gru", "none"]
 LENGTHS = [10, 20, 50, 100]
@@ -64,8 +64,9 @@ CONTROL = ["PositionOnlyCartPoleEasy", "NoisyPositionOnlyCartPoleEasy", "Positio
 POPGYM = [name[len("popgym-") : -len("-v0")] for name in gym.registry if name.startswith("popgym-")]  # Easy first
 DISCRETE = [task for task in POPGYM if "Pendulum" not in task]
 PENDULUMS = [f"{noise}PositionOnlyPendulum{level}" for noise in ("", "Noisy") for level in ("Easy", "Medium", "Hard")]
-ROBOTS = [f"{robot}{what}" for robot in ("Hopper", "Walker2d", "HalfCheetah") for what in ("Positions", "Velocities")]
-MUJOCO = [f"experiments.partial_mujoco:{robot}" for robot in ROBOTS]
+ROBOTS = [f"experiments.partial_mujoco:{robot}" for robot in ("Hopper", "Walker2d", "HalfCheetah")]
+MUJOCO = [f"{robot}{what}" for what in ("Positions", "Velocities") for robot in ROBOTS]
+FULL = [f"{robot}Full" for robot in ROBOTS]
 FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer is an observation of long ago
 SMALL = ["--d-model", "64", "--learning-rate", "1e-3"]  # hundreds of runs: half the width, a third of the time
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
@@ -82,6 +83,7 @@ def t_maze(n, memory, episodes=300, updates=1, **kwargs):
 
 
 LRU = dict(script=[TBB], task=TASKS, memory=["lru"], flags=SMALL)
+POPGYM_PPO = dict(script=[PPO], memory=["none", "lru", "mingru", "lru mingru"])
 
 EXPERIMENTS = {
     "sample_efficiency": [
@@ -120,16 +122,20 @@ EXPERIMENTS = {
         dict(script=[PPO], task=dict.fromkeys(["RepeatPreviousEasy", *CONTROL], 250_000), memory=["lru", "none"]),
     ],
     "popgym": [
-        dict(script=[PPO], task=dict.fromkeys(POPGYM, 250_000), memory=["none", "lru", "mingru", "lru mingru"]),
+        POPGYM_PPO | dict(task={task: 250_000 for task in POPGYM if "Only" in task}),  # control
+        POPGYM_PPO | dict(task={task: 250_000 for task in POPGYM if "Only" not in task}, flags=["--gae-lambda", "0.5"]),
         dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
         dict(script=[RECURRENT_PPO], task=dict.fromkeys([*MORE_TASKS, *GAMES, *CONTROL], 250_000)),
     ],
     "sac": [
         dict(script=[SAC], task=dict.fromkeys(PENDULUMS, 50_000), memory=["lru", "none"]),
+        dict(script=[SAC], task={PENDULUMS[0]: 50_000}, memory=["lru"], variant=["separate_memories"]),
         dict(script=[PPO], task=dict.fromkeys(PENDULUMS, 250_000), memory=["lru", "none"]),
     ],
     "mujoco": [
         dict(script=[SAC], task=dict.fromkeys(MUJOCO, 200_000), memory=["lru", "none"]),
+        dict(script=[SAC], task=dict.fromkeys(FULL, 200_000), memory=["none"]),
+        dict(script=[SB3_SAC], task=dict.fromkeys(FULL, 200_000)),
         dict(script=[PPO], task=dict.fromkeys(MUJOCO, 1_000_000), memory=["lru", "none"]),
     ],
 }

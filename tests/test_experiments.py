@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import dqn_tbb
+import sac_tbb
 from monoids import MEMORIES
 
 ROOT = Path(__file__).parent.parent
@@ -40,10 +41,10 @@ def sweep():
 
 @pytest.fixture
 def patched(sweep, tmp_path, monkeypatch):
-    """dqn_tbb.py with the patch of a variant, as a module."""
+    """A script with the patch of a variant, as a module."""
 
-    def load(variant):
-        path = sweep.place(sweep.Run(sweep.TBB, "", variant=variant), ROOT, tmp_path)
+    def load(variant, script=sweep.TBB):
+        path = sweep.place(sweep.Run(script, "", variant=variant), ROOT, tmp_path)
         spec = importlib.util.spec_from_file_location(variant, path)
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, variant, module)  # dataclasses look their module up
@@ -97,17 +98,18 @@ def metrics_of(module, batch):
 def test_a_patch_begins_with_its_reason_and_applies(sweep, tmp_path):
     (folder := tmp_path / "run").mkdir()
     shutil.copytree(SWEEP.parent / "variants", tmp_path / "experiments" / "variants")
-    tmp_path.joinpath(sweep.TBB).write_text("another script")
-    text = ROOT.joinpath(sweep.TBB).read_text()
     for path in (SWEEP.parent / "variants").iterdir():
-        reason, _ = path.read_text().split("\n\n", 1)
+        reason, diff = path.read_text().split("\n\n", 1)
         assert reason[0].isupper() and reason.endswith(".") and "+++" not in reason
-        run = sweep.Run(sweep.TBB, "", variant=path.stem)
-        assert sweep.place(run, ROOT, folder).read_text() != text
+        script = diff.split()[1].removeprefix("a/")
+        run = sweep.Run(script, "", variant=path.stem)
+        assert sweep.place(run, ROOT, folder).read_text() != ROOT.joinpath(script).read_text()
+        tmp_path.joinpath(script).write_text("another script")
         with pytest.raises(RuntimeError, match=path.name):
             sweep.place(run, tmp_path, folder)
     for variant in ("", *sweep.FLAGS):
-        assert sweep.place(sweep.Run(sweep.TBB, "", variant=variant), ROOT, folder).read_text() == text
+        run = sweep.Run(sweep.TBB, "", variant=variant)
+        assert sweep.place(run, ROOT, folder).read_text() == ROOT.joinpath(sweep.TBB).read_text()
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -204,6 +206,29 @@ def test_prioritised_loss_is_weighted(patched):
     losses = F.smooth_l1_loss(weighted["error"], torch.zeros(len(t), 1).double(), reduction="none")
     torch.testing.assert_close(weighted["losses/td_loss"], (losses * weight).mean())
     torch.testing.assert_close(metrics_of(dqn_tbb, (rows, t))["losses/td_loss"], losses.mean())
+
+
+def test_separate_memories_are_trained_by_different_losses(patched):
+    """While both are equal, all that has a gradient with one memory has the same, and the actor's memory has one too."""
+    module, rng = patched("separate_memories", "sac_tbb.py"), np.random.default_rng(0)
+    args = module.Args(env_id="Pendulum-v1", d_model=8, max_grad_norm=1e9)
+    torch.manual_seed(0)
+    separate, shared = (x.Agent(x.make_envs(args, 1), args).double() for x in (module, sac_tbb))
+    for own, theirs in zip(separate.of_actor, (separate.encoder, separate.memory, separate.norm)):
+        own.load_state_dict(theirs.state_dict())
+    shared.load_state_dict({name: x for name, x in separate.state_dict().items() if "of_actor" not in name})
+    start = torch.arange(9)[:, None] % 4 == 0
+    obs, action, reward = (torch.as_tensor(rng.normal(size=(9, 1, *k))) for k in ((3,), (1,), ()))
+    batch = sac_tbb.Rows(obs, action.tanh(), reward, start, start), (~start[1:, 0]).nonzero().squeeze(1)
+    for x, agent in ((module, separate), (sac_tbb, shared)):
+        torch.manual_seed(1)
+        x.update(agent, copy.deepcopy(agent), torch.optim.SGD(agent.parameters(), 0.0), batch, args)
+    of_actor = {name: x.grad for name, x in separate.named_parameters() if "of_actor" in name}
+    torch.testing.assert_close(
+        {name: x.grad for name, x in separate.named_parameters() if name not in of_actor},
+        {name: x.grad for name, x in shared.named_parameters()},
+    )
+    assert all(gradient.any() for gradient in of_actor.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,31 @@
+"""Stable-Baselines3's SAC, which has no memory, for comparison on the full state; evaluates and logs as recurrent_ppo.py.
+
+    PYTHONPATH=. python experiments/sb3_sac.py --env-id experiments.partial_mujoco:HopperFull-v0 --total-timesteps 200000
+
+All other arguments are its defaults.
+"""
+
+import argparse
+import time
+
+from stable_baselines3 import SAC
+from stable_baselines3.common.env_util import make_vec_env
+
+from experiments.recurrent_ppo import Evaluate
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env-id", default="experiments.partial_mujoco:HopperFull-v0")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--total-timesteps", type=int, default=200_000)
+    parser.add_argument("--eval-frequency", type=int, default=10_000)
+    parser.add_argument("--eval-episodes", type=int, default=32)
+    args = parser.parse_args()
+    callback = Evaluate(make_vec_env(args.env_id, args.eval_episodes, args.seed + 1_000_000), args)
+    model = SAC("MlpPolicy", make_vec_env(args.env_id, 1, args.seed), seed=args.seed, device="cpu")
+    start_time = time.time()
+    model.learn(args.total_timesteps, callback)
+    eval_return = callback.evaluate()
+    callback.writer.close()
+    global_step, seconds = model.num_timesteps, time.time() - start_time
+    print(f"final: {global_step=} {eval_return=:.4f} eval_episodes={args.eval_episodes} {seconds=:.1f}")
