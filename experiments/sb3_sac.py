@@ -1,6 +1,6 @@
-"""Stable-Baselines3's SAC, which has no memory, for comparison on the full state; evaluates and logs as recurrent_ppo.py.
+"""Stable-Baselines3's SAC, which has no memory, for comparison on the full state; evaluates as recurrent_ppo.py does.
 
-    PYTHONPATH=. python experiments/sb3_sac.py --env-id experiments.partial_mujoco:HopperFull-v0 --total-timesteps 200000
+    PYTHONPATH=. python experiments/sb3_sac.py --env-id experiments.partial_mujoco:HopperFull-v0
 
 All other arguments are its defaults.
 """
@@ -18,11 +18,12 @@ if __name__ == "__main__":
     parser.add_argument("--env-id", default="experiments.partial_mujoco:HopperFull-v0")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--total-timesteps", type=int, default=200_000)
+    parser.add_argument("--num-envs", type=int, default=1)
     parser.add_argument("--eval-frequency", type=int, default=10_000)
     parser.add_argument("--eval-episodes", type=int, default=32)
     args = parser.parse_args()
     callback = Evaluate(make_vec_env(args.env_id, args.eval_episodes, args.seed + 1_000_000), args)
-    model = SAC("MlpPolicy", make_vec_env(args.env_id, 1, args.seed), seed=args.seed, device="cpu")
+    model = SAC("MlpPolicy", make_vec_env(args.env_id, args.num_envs, args.seed), seed=args.seed, device="cpu")
     start_time = time.time()
     model.learn(args.total_timesteps, callback)
     eval_return = callback.evaluate()

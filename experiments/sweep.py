@@ -128,8 +128,9 @@ EXPERIMENTS = {
         dict(script=[RECURRENT_PPO], task=dict.fromkeys([*MORE_TASKS, *GAMES, *CONTROL], 250_000)),
     ],
     "sac": [
-        dict(script=[SAC], task=dict.fromkeys(PENDULUMS, 50_000), memory=["lru", "none"]),
-        dict(script=[SAC], task={PENDULUMS[0]: 50_000}, memory=["lru"], variant=["separate_memories"]),
+        dict(script=[SAC], task={PENDULUMS[0]: 50_000}, memory=["lru"], variant=["", "separate_memories"]),
+        dict(script=[SAC], task=dict.fromkeys(PENDULUMS[1:], 50_000), memory=["lru"]),
+        dict(script=[SAC], task=dict.fromkeys(PENDULUMS, 50_000), memory=["none"]),
         dict(script=[PPO], task=dict.fromkeys(PENDULUMS, 250_000), memory=["lru", "none"]),
     ],
     "mujoco": [
@@ -143,7 +144,7 @@ EVALUATIONS = 10  # in a run
 SMOKE_TIMESTEPS = 400
 SMOKE = ["--num-envs", "1", "--eval-episodes", "4"]
 SMOKE_MORE = {TBB: ["--d-model", "16", "--learning-starts", "100"], PPO: ["--d-model", "16"]}
-SMOKE_MORE |= {SBB: SMOKE_MORE[TBB], SAC: SMOKE_MORE[TBB], RECURRENT_PPO: ["--num-steps", "16"]}
+SMOKE_MORE |= {SBB: SMOKE_MORE[TBB], SAC: SMOKE_MORE[TBB], RECURRENT_PPO: ["--num-steps", "16"], SB3_SAC: []}
 
 # A variant of a script is more flags, or the patch experiments/variants/NAME.patch
 FLAGS = {"no_previous_action": ["--no-previous-action"], "burn_in": ["--burn-in", "10"]}
