@@ -268,21 +268,20 @@ class LRUCell(Cell):
         h_t = lambda h_{t-1} + exp(gamma_log) B x_t        y_t = Re(C h_t) + D x_t            (their eq. 1 and 7)
         lambda = exp(-exp(nu_log) + i theta),              so that |lambda| < 1               (stable)
 
-    At initialisation lambda is uniform on the ring r_min <= |lambda| <= r_max (Lemma 3.2): states decay by 1/e in
-    horizon/100 to horizon rows. gamma = sqrt(1 - |lambda|^2) gives the state the variance of its input, and B and C are
-    Glorot-initialised. Two things differ from the paper, for delays of thousands of rows: theta is not trained, since
-    a step of 1e-3 turns what was written 1,000 rows ago by a radian; and D begins at 0, not at random, because D x_t
-    would drown what a state holds, which is written with a gain of gamma, 0.045 at a horizon of 1,000.
+    gamma = sqrt(1 - |lambda|^2) initially, which gives the state the variance of its input, and B and C are
+    Glorot-initialised. Three things differ from the paper. States decay by 1/e in 1 to horizon rows, log-uniformly,
+    where the paper has few slow ones or few fast ones: lambda uniform on a ring (Lemma 3.2). For delays of thousands of
+    rows theta is not trained, since a step of 1e-3 turns what was written 1,000 rows ago by a radian, and D begins at
+    0, not at random, because D x_t would drown what a state holds, written with a gain of gamma, 0.045 at a horizon of
+    1,000.
     """
 
     def __init__(self, d_model, d_state=128, horizon=1000, max_phase=2 * math.pi):
         super().__init__()
         self.state_shape, self.is_complex = (d_state,), True
-        r_min, r_max = max(0, 1 - 100 / horizon), 1 - 1 / horizon
-        squared = torch.rand(d_state) * (r_max**2 - r_min**2) + r_min**2  # |lambda|^2
-        self.nu_log = nn.Parameter(torch.log(-0.5 * torch.log(squared)))
+        self.nu_log = nn.Parameter(-math.log(horizon) * torch.rand(d_state))  # minus the log of the rows for 1/e
         self.register_buffer("theta", max_phase * torch.rand(d_state))
-        self.gamma_log = nn.Parameter(0.5 * torch.log(1 - squared))
+        self.gamma_log = nn.Parameter(0.5 * torch.log(-torch.expm1(-2 * self.nu_log.detach().exp())))
         self.B = nn.Parameter(torch.randn(d_state, 2, d_model) * (2 * d_model) ** -0.5)  # (Re B, Im B)
         self.C = nn.Parameter(torch.randn(d_model, d_state, 2) * d_state**-0.5)  # (Re C, -Im C)
         self.D = nn.Parameter(torch.zeros(d_model))
