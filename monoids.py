@@ -269,17 +269,17 @@ class LRUCell(Cell):
         lambda = exp(-exp(nu_log) + i theta),              so that |lambda| < 1               (stable)
 
     gamma = sqrt(1 - |lambda|^2) initially, which gives the state the variance of its input, and B and C are
-    Glorot-initialised. Three things differ from the paper. States decay by 1/e in 1 to horizon rows, log-uniformly,
-    where the paper has few slow ones or few fast ones: lambda uniform on a ring (Lemma 3.2). For delays of thousands of
-    rows theta is not trained, since a step of 1e-3 turns what was written 1,000 rows ago by a radian, and D begins at
-    0, not at random, because D x_t would drown what a state holds, written with a gain of gamma, 0.045 at a horizon of
-    1,000.
+    Glorot-initialised. Three things differ from the paper. States decay by 1/e in min_horizon to horizon rows,
+    log-uniformly, where the paper has few slow ones or few fast ones: lambda uniform on a ring (Lemma 3.2). For delays
+    of thousands of rows theta is not trained, since a step of 1e-3 turns what was written 1,000 rows ago by a radian,
+    and D begins at 0, not at random, because D x_t would drown what a state holds, which is written with a gain of
+    gamma, 0.045 at a horizon of 1,000.
     """
 
-    def __init__(self, d_model, d_state=128, horizon=1000, max_phase=2 * math.pi):
+    def __init__(self, d_model, d_state=128, horizon=1000, max_phase=2 * math.pi, min_horizon=1):
         super().__init__()
         self.state_shape, self.is_complex = (d_state,), True
-        self.nu_log = nn.Parameter(-math.log(horizon) * torch.rand(d_state))  # minus the log of the rows for 1/e
+        self.nu_log = nn.Parameter(torch.empty(d_state).uniform_(-math.log(horizon), -math.log(min_horizon)))
         self.register_buffer("theta", max_phase * torch.rand(d_state))
         self.gamma_log = nn.Parameter(0.5 * torch.log(-torch.expm1(-2 * self.nu_log.detach().exp())))
         self.B = nn.Parameter(torch.randn(d_state, 2, d_model) * (2 * d_model) ** -0.5)  # (Re B, Im B)

@@ -56,7 +56,7 @@ class Args:
     """transitions to collect; the last iteration may exceed it, since episodes are finished"""
     learning_rate: float = 1e-3
     """the learning rate of the optimizer"""
-    num_envs: int = 64
+    num_envs: int = 16
     """the number of parallel environments; in an iteration each plays one episode"""
     max_episode_steps: int = 0
     """truncate episodes after this many steps (and bootstrap there); 0 leaves it to the environment"""
@@ -66,7 +66,7 @@ class Args:
     """the discount factor gamma"""
     gae_lambda: float = 0.95
     """the lambda for the general advantage estimation"""
-    num_minibatches: int = 16
+    num_minibatches: int = 4
     """the number of minibatches, each of whole episodes"""
     update_epochs: int = 4
     """the epochs in which an iteration's episodes are trained on"""

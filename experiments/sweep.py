@@ -111,11 +111,12 @@ EXPERIMENTS = {
         dict(script=[PPO], task=dict.fromkeys(MORE_TASKS, 100_000), memory=MEMORIES, flags=["--d-model", "64"]),
     ],
     "t_maze": [
-        *(t_maze(n, ["lru", "s5", "mingru", "lru mingru"], horizon=100 * n, d_state=64) for n in (50, 250, 1000)),
+        *(t_maze(n, ["lru"], horizon=100 * n, min_horizon=n, d_state=64) for n in (50, 250, 1000)),
+        *(t_maze(n, ["s5", "mingru", "lru mingru"], horizon=100 * n, d_state=64) for n in (50, 250, 1000)),
         *(t_maze(n, ["ffm"], horizon=100 * n) for n in (50, 250, 1000)),
         *(t_maze(n, ["linear_transformer", "gru", "none"]) for n in (50, 250, 1000)),
-        t_maze(4000, ["lru"], episodes=400, horizon=400_000, d_state=64),
-        t_maze(10_000, ["lru"], updates=2, horizon=1_000_000, d_state=64),
+        t_maze(4000, ["lru"], episodes=400, horizon=400_000, min_horizon=4000, d_state=64),
+        t_maze(10_000, ["lru"], updates=2, horizon=1_000_000, min_horizon=10_000, d_state=64),
     ],
     "defaults": [
         dict(script=[TBB], task=dict.fromkeys([*TASKS, *GAMES], 40_000), memory=["lru"]),
