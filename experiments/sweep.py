@@ -321,7 +321,8 @@ def here(runs, jobs):
                 yield futures[future], outcome(future.result)
         finally:  # after an interrupt nothing more is started, and what runs is killed
             pool.shutdown(wait=False, cancel_futures=True)
-            while not all(future.done() for future in futures):
+            # an interrupt within submit() leaves a run that has begun, but whose future is unknown
+            while not all(future.done() for future in futures) or any(p.poll() is None for p in processes):
                 for process in processes:
                     process.kill()
                 time.sleep(0.1)
