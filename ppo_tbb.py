@@ -29,7 +29,7 @@ from gymnasium import spaces
 from torch.distributions import Categorical, Normal
 from torch.utils.tensorboard import SummaryWriter
 
-from monoids import MEMORIES, gae, make_memory
+from monoids import MEMORIES, discounted_return, gae, make_memory
 
 
 @dataclass
@@ -204,6 +204,7 @@ class Agent(nn.Module):
         self.memory = make_memory(args.memory, d, **args.memory_kwargs)
         self.actor = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, outputs))
         self.critic = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 1))
+        self.register_buffer("squares", torch.zeros(2))  # of all returns: their sum and number
         self.actor_logstd = nn.Parameter(torch.zeros(0 if self.nvec else outputs))
         nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # the policy starts near uniform
 
@@ -216,8 +217,7 @@ class Agent(nn.Module):
         if self.nvec:  # one distribution over (T, B) for each component of the action
             heads = [Categorical(logits=x, validate_args=False) for x in self.actor(x).split(self.nvec, -1)]
         else:
-            means, stds = self.actor(x).unbind(-1), self.actor_logstd.exp()
-            heads = [Normal(mean, std, validate_args=False) for mean, std in zip(means, stds)]
+            heads = [Normal(*x, validate_args=False) for x in zip(self.actor(x).unbind(-1), self.actor_logstd.exp())]
         return heads, self.critic(x).squeeze(-1), state
 
 
@@ -242,16 +242,18 @@ def compute_advantages(agent, rows, args):
     # CRUCIAL: the next state is the next row, so a truncated episode bootstraps from its own final observation
     t = transitions(rows)
     done = torch.isin(t + 1, t, invert=True)[:, None]
-    advantage = torch.zeros_like(value)
-    advantage[t] = gae(args.gamma, args.gae_lambda, value[t], value[t + 1], rows.reward[t], done, rows.terminated[t])
-    return rows, logprob, value, advantage  # (R, 1, ...) each
+    # in units of their root mean square returns of any size need the same learning rate, vf_coef and clip_coef
+    square = discounted_return(args.gamma, rows.reward[t], done).square()
+    agent.squares += torch.stack((square.sum(), torch.ones_like(square).sum()))
+    reward = rows.reward[t] / (1e-8 + (agent.squares[0] / agent.squares[1]).sqrt())
+    advantage = gae(args.gamma, args.gae_lambda, value[t], value[t + 1], reward, done, rows.terminated[t])
+    return rows, logprob, value, torch.zeros_like(value).index_copy(0, t, advantage)  # (R, 1, ...) each
 
 
 def minibatches(batch, args, rng):
     """Whole episodes, shuffled and dealt out; with --compile padded to a multiple of 64 rows."""
     rows, *others = batch
-    first = rows.start[:, 0].nonzero().squeeze(1).cpu().numpy()
-    episodes = np.split(np.arange(len(rows.start)), first[1:])
+    episodes = np.split(np.arange(len(rows.start)), 1 + rows.start[1:, 0].cpu().numpy().nonzero()[0])
     for dealt in np.array_split(rng.permutation(len(episodes)), min(args.num_minibatches, len(episodes))):
         at = np.concatenate([episodes[i] for i in dealt])
         padding = -len(at) % 64 if args.compile else 0
@@ -282,7 +284,7 @@ def update(agent, optimizer, batch, args):
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-    if not torch.isfinite(loss + norm):
+    if not torch.isfinite(loss + norm + agent.squares.sum()):  # the squares of rewards may overflow
         fail(f"the loss is {loss}, the norm of its gradient {norm}: stopped before the step; checkpoints are unchanged")
     optimizer.step()
     losses = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": entropy_loss, "old_approx_kl": -logratio.mean()}
@@ -363,8 +365,8 @@ if __name__ == "__main__":
                 metrics |= update(network, optimizer, minibatch, args)
             if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
                 break
-        advantage, returns = (x[transitions(rows)] for x in (batch[3], batch[2] + batch[3]))
-        metrics["losses/explained_variance"] = 1 - advantage.var(correction=0) / returns.var(correction=0)
+        t, (_, _, value, advantage) = transitions(rows), batch
+        metrics["losses/explained_variance"] = 1 - advantage[t].var(correction=0) / (advantage + value)[t].var(correction=0)
         finished = global_step >= args.total_timesteps
         evaluated = finished or evaluations < global_step // args.eval_frequency
         if evaluated:
