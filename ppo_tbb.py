@@ -365,8 +365,8 @@ if __name__ == "__main__":
                 metrics |= update(network, optimizer, minibatch, args)
             if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
                 break
-        t, (_, _, value, advantage) = transitions(rows), batch
-        metrics["losses/explained_variance"] = 1 - advantage[t].var(correction=0) / (advantage + value)[t].var(correction=0)
+        t, (_, _, value, adv) = transitions(rows), batch
+        metrics["losses/explained_variance"] = 1 - adv[t].var(correction=0) / (adv + value)[t].var(correction=0)
         finished = global_step >= args.total_timesteps
         evaluated = finished or evaluations < global_step // args.eval_frequency
         if evaluated:

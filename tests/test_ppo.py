@@ -113,16 +113,24 @@ def test_actions_are_drawn_from_the_policy(greedy):
 
 
 def test_gae_over_a_tape_equals_a_loop_over_each_episode():
+    """Rewards are divided by the root mean square of all returns, those of former iterations included."""
     args, agent, episodes, rows = play()
     assert {e.terminated.any() for e in episodes} == {True, False}  # some were truncated
+    agent.squares.copy_(torch.tensor([1000.0, 200.0]))
     _, _, values, advantages = ppo_tbb.compute_advantages(agent, rows, args)
-    at = 0
+    squares, at = [], 0
+    for episode in episodes:
+        total = 0.0
+        for reward in reversed(episode.reward[:-1].tolist()):
+            total = reward + args.gamma * total
+            squares.append(total**2)
+    scale = ((1000 + sum(squares)) / (200 + len(squares))) ** 0.5
     for episode in episodes:
         n = len(episode.start) - 1
         value = values[at : at + n + 1, 0].double().numpy()  # the final observation's included
         advantage = 0.0
         for t in reversed(range(n)):
-            delta = episode.reward[t] + args.gamma * (1 - episode.terminated[t]) * value[t + 1] - value[t]
+            delta = episode.reward[t] / scale + args.gamma * (1 - episode.terminated[t]) * value[t + 1] - value[t]
             advantage = delta + args.gamma * args.gae_lambda * advantage
             assert advantages[at + t, 0].item() == pytest.approx(advantage, abs=1e-5)
         at += n + 1
@@ -133,6 +141,7 @@ def test_gae_over_a_tape_equals_a_loop_over_each_episode():
 def test_episodes_of_a_batch_do_not_affect_each_others_gradient(memory):
     """The gradient of the loss on two episodes is the sum of their own, whatever the other is."""
     args, agent, episodes, _ = play(memory, norm_adv=False, max_grad_norm=1e9)
+    agent.squares.fill_(1e12)  # so that they hardly change: the scale of rewards is that of all episodes
 
     def gradient(*episodes):
         rows = Rows(*(torch.as_tensor(np.concatenate(x))[:, None] for x in zip(*episodes)))
