@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -317,8 +317,11 @@ def here(runs, jobs):
         try:  # from the first submission on: an interrupt may come before the last
             for run in runs:
                 futures[pool.submit(play, run, ROOT, processes)] = run
-            for future in as_completed(futures):
-                yield futures[future], outcome(future.result)
+            waiting = futures
+            while waiting:  # a signal just before a wait does not interrupt it: none is longer than a second
+                ended, waiting = wait(waiting, 1, FIRST_COMPLETED)
+                for future in ended:
+                    yield futures[future], outcome(future.result)
         finally:  # after an interrupt nothing more is started, and what runs is killed
             pool.shutdown(wait=False, cancel_futures=True)
             # an interrupt within submit() leaves a run that has begun, but whose future is unknown
