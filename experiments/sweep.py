@@ -82,6 +82,7 @@ def t_maze(n, memory, episodes=300, updates=1, **kwargs):
     return dict(script=[TBB], task={"experiments.tmaze:TMaze": episodes * n}, memory=memory, flags=[*map(str, flags)])
 
 
+CARDS = ["--gae-lambda", "0.5", "--num-minibatches", "16"]  # of POPGym: all tasks but those of control
 LRU = dict(script=[TBB], task=TASKS, memory=["lru"], flags=SMALL)
 POPGYM_PPO = dict(script=[PPO], memory=["none", "lru", "mingru", "lru mingru"])
 
@@ -124,7 +125,7 @@ EXPERIMENTS = {
     ],
     "popgym": [
         POPGYM_PPO | dict(task={task: 250_000 for task in POPGYM if "Only" in task}),  # control
-        POPGYM_PPO | dict(task={task: 250_000 for task in POPGYM if "Only" not in task}, flags=["--gae-lambda", "0.5"]),
+        POPGYM_PPO | dict(task={task: 250_000 for task in POPGYM if "Only" not in task}, flags=CARDS),
         dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
         dict(script=[RECURRENT_PPO], task=dict.fromkeys([*MORE_TASKS, *GAMES, *CONTROL], 250_000)),
     ],
