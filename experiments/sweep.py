@@ -63,6 +63,9 @@ GAMES = ["HigherLowerEasy", "MineSweeperEasy", "BattleshipEasy"]
 CONTROL = ["PositionOnlyCartPoleEasy", "NoisyPositionOnlyCartPoleEasy", "PositionOnlyPendulumEasy"]
 POPGYM = [name[len("popgym-") : -len("-v0")] for name in gym.registry if name.startswith("popgym-")]  # Easy first
 DISCRETE = [task for task in POPGYM if "Pendulum" not in task]
+HIDDEN = [task for task in POPGYM if "Only" in task]  # control with hidden velocities or positions
+MINES = [task for task in POPGYM if "MineSweeper" in task]  # episodes of some ten steps
+CARDS = [task for task in POPGYM if task not in (*HIDDEN, *MINES)]  # and other games, longer episodes
 PENDULUMS = [f"{noise}PositionOnlyPendulum{level}" for noise in ("", "Noisy") for level in ("Easy", "Medium", "Hard")]
 ROBOTS = [f"experiments.partial_mujoco:{robot}" for robot in ("Hopper", "Walker2d", "HalfCheetah")]
 MUJOCO = [f"{robot}{what}" for what in ("Positions", "Velocities") for robot in ROBOTS]
@@ -82,8 +85,8 @@ def t_maze(n, memory, episodes=300, updates=1, **kwargs):
     return dict(script=[TBB], task={"experiments.tmaze:TMaze": episodes * n}, memory=memory, flags=[*map(str, flags)])
 
 
-CARDS = ["--gae-lambda", "0.5", "--num-minibatches", "16"]  # of POPGym: all tasks but those of control
 LRU = dict(script=[TBB], task=TASKS, memory=["lru"], flags=SMALL)
+LAMBDA = ["--gae-lambda", "0.5"]
 POPGYM_PPO = dict(script=[PPO], memory=["none", "lru", "mingru", "lru mingru"])
 
 EXPERIMENTS = {
@@ -124,8 +127,9 @@ EXPERIMENTS = {
         dict(script=[PPO], task=dict.fromkeys(["RepeatPreviousEasy", *CONTROL], 250_000), memory=["lru", "none"]),
     ],
     "popgym": [
-        POPGYM_PPO | dict(task={task: 250_000 for task in POPGYM if "Only" in task}),  # control
-        POPGYM_PPO | dict(task={task: 250_000 for task in POPGYM if "Only" not in task}, flags=CARDS),
+        POPGYM_PPO | dict(task=dict.fromkeys(HIDDEN, 250_000)),
+        POPGYM_PPO | dict(task=dict.fromkeys(MINES, 250_000), flags=LAMBDA),
+        POPGYM_PPO | dict(task=dict.fromkeys(CARDS, 250_000), flags=[*LAMBDA, "--num-minibatches", "16"]),
         dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
         dict(script=[RECURRENT_PPO], task=dict.fromkeys([*MORE_TASKS, *GAMES, *CONTROL], 250_000)),
     ],

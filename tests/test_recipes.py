@@ -390,10 +390,13 @@ def test_table_of_environments_is_what_comes_out(tmp_path):
     assert "Traceback" not in page.read_text() and page.read_text().count("| accepted") > 30
 
 
-@pytest.mark.parametrize("module, env_id", [("my_module", "MyEnv-v0"), ("my_minigrid", "Memory-v0")])
-def test_environments_of_the_project_readme(module, env_id, play, tmp_path, monkeypatch):
-    """The code that README shows, as it says where to write it and how to run it."""
-    text = ROOT.joinpath("README.md").read_text()
+MODULES = [(".", "my_module", "MyEnv-v0"), ("recipes", "my_minigrid", "Memory-v0")]
+
+
+@pytest.mark.parametrize("page, module, env_id", MODULES)
+def test_environments_of_the_pages(page, module, env_id, play, tmp_path, monkeypatch):
+    """The code that a README shows, as it says where to write it and how to run it."""
+    text = ROOT.joinpath(page, "README.md").read_text()
     before, after = text.split(f"`{module}.py`", 1)
     code = re.search(r"```python\n(.*?)```", after, re.S).group(1)
     if module == "my_minigrid":
@@ -401,7 +404,7 @@ def test_environments_of_the_project_readme(module, env_id, play, tmp_path, monk
         code = re.search(r"`(import gymnasium.*?)`", before[-300:]).group(1) + "\n" + code
     (tmp_path / f"{module}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    assert f"--env-id {module}:{env_id}" in text
+    assert f"--env-id {module}:{env_id}" in " ".join(text.split())
     argv = ["--env-id", f"{module}:{env_id}", "--max-episode-steps", 20]
     status, out, err = play(dqn_tbb, *flags(dqn_tbb, *argv))
     assert (status, err) == (0, "") and "final: " in out
