@@ -86,8 +86,8 @@ def t_maze(n, memory, episodes=300, updates=1, **kwargs):
 
 
 LRU = dict(script=[TBB], task=TASKS, memory=["lru"], flags=SMALL)
-LAMBDA = ["--gae-lambda", "0.5"]
 POPGYM_PPO = dict(script=[PPO], memory=["none", "lru", "mingru", "lru mingru"])
+LAMBDA = ["--gae-lambda", "0.5"]  # in cards and games a reward says whether the action before it was right
 
 EXPERIMENTS = {
     "sample_efficiency": [
