@@ -1,12 +1,12 @@
-"""Draws the figures of the experiments whose results are there, and writes their tables into README.md and popgym.md.
+"""Draws the figures of the experiments whose results are there, and writes their tables into the pages.
 
     python experiments/plot.py                       # all of them
     python experiments/plot.py sensitivity recall
 
 Reads experiments/results/NAME.csv (see sweep.py) and benchmarks/returns.csv. Writes experiments/figures/NAME*.png,
-prints every table as Markdown and puts it into experiments/README.md (popgym: popgym.md) between
-`<!-- table: NAME -->` and `<!-- end -->`. An interval is the 95% percentile bootstrap interval of a mean over seeds; in
-a mean over tasks, seeds are resampled within each task. One seed has no interval.
+prints every table as Markdown and puts it into experiments/README.md (popgym: popgym.md, and ten rows into the README
+of the project) between `<!-- table: NAME -->` and `<!-- end -->`. An interval is the 95% percentile bootstrap interval
+of a mean over seeds; in a mean over tasks, seeds are resampled within each task. One seed has no interval.
 """
 
 import argparse
@@ -48,6 +48,10 @@ MEMORIES |= {"lru mingru": "LRU + minGRU", "gru": "GRU", "none": "none", "": "LS
 VARIANTS = {"": "", "sensitivity": "", "authors_next_value": ", authors' next value"}
 VARIANTS |= {"cut_last_episode": ", last episode cut", "prioritised": ", prioritised replay"}
 VARIANTS |= {"no_previous_action": ", no previous action", "burn_in": ", burn-in", "separate_memories": ", separate"}
+
+IN_README = ["RepeatPreviousMedium", "RepeatPreviousHard", "RepeatFirstMedium", "CountRecallEasy", "HigherLowerEasy"]
+IN_README += ["MultiarmedBanditEasy", "PositionOnlyCartPoleHard", "NoisyPositionOnlyCartPoleEasy", "AutoencodeEasy"]
+IN_README += ["PositionOnlyPendulumEasy"]
 
 SERIES = ["step", "seconds", "eval_return", "padding"]  # columns with a number an evaluation
 SCORES = {  # of a run
@@ -212,8 +216,7 @@ def write(rows, runs, folder, name, across="", page="README.md"):
     print(f"\n{name}\n\n{table}\n")
     if (page := folder / page).exists():
         marked = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        before, begin, end, after = re.split(marked, page.read_text(), flags=re.DOTALL)  # there is one place for it
-        page.write_text(f"{before}{begin}\n{table}\n\n{end}{after}")
+        page.write_text(re.sub(marked, lambda m: f"{m[1]}\n{table}\n\n{m[2]}", page.read_text(), flags=re.DOTALL))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,6 +498,10 @@ def popgym(runs, folder):
                 row["difference"] = max(ours) - float(best["return"])
         table.append(row)
     write(table, runs, folder, "popgym", page="popgym.md")
+    short = [row for row in table if row["task"] in IN_README]
+    columns = ["task", "random actions", *labels, "best published", "by"]
+    short = [{column: row.get(column, "") for column in columns} for row in short]
+    write(short, runs, folder, "popgym_ten", page="../README.md")
     aggregate(runs, labels, folder)
 
 
