@@ -216,7 +216,7 @@ def write(rows, runs, folder, name, across="", page="README.md"):
     print(f"\n{name}\n\n{table}\n")
     if (page := folder / page).exists():
         marked = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        page.write_text(re.sub(marked, lambda m: f"{m[1]}\n{table}\n\n{m[2]}", page.read_text(), flags=re.DOTALL))
+        page.write_text(re.sub(marked, lambda m: f"{m[1]}{table}\n\n{m[2]}", page.read_text(), flags=re.DOTALL))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
