@@ -4,7 +4,7 @@ both.
     pip install -r benchmarks/requirements.txt && python benchmarks/ppo.py
 
 Both train on popgym-RepeatPreviousEasy-v0, one after the other, each in a process of its own with one torch thread. The
-training return is that of the latest episodes played to learn from: those of an iteration (64) for ppo_tbb.py, the last
+training return is that of the latest episodes played to learn from: those of an iteration (16) for ppo_tbb.py, the last
 100 for RecurrentPPO. Seconds count from the start of the process, imports included. Writes benchmarks/ppo.csv.
 """
 
