@@ -1,5 +1,6 @@
 """experiments/: what the variants of the scripts compute, the sweep on this machine and on Ray, figures and tables."""
 
+import contextlib
 import copy
 import csv
 import importlib.util
@@ -297,8 +298,12 @@ def by_run(path):
 
 def played_by(pid):
     """The runs that any thread of a sweep has started; not those that are still about to become one."""
-    children = [child for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
-    return [child for child in children if b"dqn_" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    found = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # git, which a run starts, ends at any time
+            children = thread.joinpath("children").read_text().split()
+            found += [child for child in children if b"dqn_" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return found
 
 
 @pytest.fixture(scope="module")
