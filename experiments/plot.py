@@ -498,10 +498,9 @@ def popgym(runs, folder):
                 row["difference"] = max(ours) - float(best["return"])
         table.append(row)
     write(table, runs, folder, "popgym", page="popgym.md")
-    short = [row for row in table if row["task"] in IN_README]
     columns = ["task", "random actions", *labels, "best published", "by"]
-    short = [{column: row.get(column, "") for column in columns} for row in short]
-    write(short, runs, folder, "popgym_ten", page="../README.md")
+    ten = [{column: row.get(column, "") for column in columns} for row in table if row["task"] in IN_README]
+    write(ten, runs, folder, "popgym_ten", page="../README.md")
     aggregate(runs, labels, folder)
 
 
