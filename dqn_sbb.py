@@ -330,8 +330,7 @@ if __name__ == "__main__":
         learners = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
         for name, learner in learners.items() if saved else ():
             learner.load_state_dict(saved["learners"][name])
-        counters = saved["counters"] if saved else (0, 0, 0, np.nan, 0.0)
-        iteration, global_step, num_updates, eval_return, seconds = counters
+        iteration, global_step, num_updates, eval_return, seconds = saved["counters"] if saved else (0, 0, 0, np.nan, 0)
         if not args.evaluate:  # purge_step: what was logged after the checkpoint does not count twice
             writer = SummaryWriter(os.path.dirname(path) or ".", purge_step=global_step + 1 if saved else None)
     except (ArithmeticError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -368,8 +367,7 @@ if __name__ == "__main__":
             metrics |= update(*networks, optimizer, batch, args)
             num_updates += 1
         finished = global_step >= args.total_timesteps
-        evaluated = finished or evaluations < global_step // args.eval_frequency
-        if evaluated:
+        if evaluated := finished or evaluations < global_step // args.eval_frequency:
             metrics["charts/eval_return"] = eval_return = evaluate(eval_envs, q_network, args).mean().item()
         seconds = time.time() - start_time
         metrics["charts/SPS"] = sps = int(global_step / seconds)

@@ -55,6 +55,8 @@ class Args:
     """transitions to collect; the last iteration may exceed it, since episodes are finished"""
     learning_rate: float = 1e-3
     """the learning rate of the optimizer"""
+    memory_learning_rate: float = 1e-3
+    """the learning rate of the memory; robots need a smaller one, such as 1e-5, and more updates than others"""
     num_envs: int = 4
     """the number of parallel environments; in an iteration each plays one episode"""
     max_episode_steps: int = 0
@@ -91,7 +93,7 @@ class Args:
             (0, 2**32 - 1, "seed max_episode_steps"),
             (1, np.inf, "total_timesteps num_envs buffer_size train_frequency d_model eval_frequency eval_episodes"),
             (0, 1, "gamma tau"),
-            (1e-12, np.inf, "learning_rate max_grad_norm"),
+            (1e-12, np.inf, "learning_rate memory_learning_rate max_grad_norm"),
             (1, self.buffer_size, "batch_size"),
             (0, self.total_timesteps - 1, "learning_starts"),
         ]:
@@ -325,13 +327,13 @@ if __name__ == "__main__":
     try:
         agent = Agent(envs, args).to(device)
         target_agent = copy.deepcopy(agent)
-        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+        rate = lambda x: args.memory_learning_rate if x is agent.memory else args.learning_rate
+        optimizer = torch.optim.Adam([{"params": x.parameters(), "lr": rate(x)} for x in agent.children()], fused=True)
         buffer = Tape(args, envs, device)
         learners = {"agent": agent, "target_agent": target_agent, "optimizer": optimizer, "buffer": buffer}
         for name, learner in learners.items() if saved else ():
             learner.load_state_dict(saved["learners"][name])
-        counters = saved["counters"] if saved else (0, 0, 0, np.nan, 0.0)
-        iteration, global_step, num_updates, eval_return, seconds = counters
+        iteration, global_step, num_updates, eval_return, seconds = saved["counters"] if saved else (0, 0, 0, np.nan, 0)
         if not args.evaluate:  # purge_step: what was logged after the checkpoint does not count twice
             writer = SummaryWriter(os.path.dirname(path) or ".", purge_step=global_step + 1 if saved else None)
     except (ArithmeticError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -356,8 +358,7 @@ if __name__ == "__main__":
         episodes = collect(envs, agent, partial(policy, greedy=False), (args.seed, 0, iteration))
         for episode in episodes:
             buffer.add(episode)
-        # in units of their root mean square rewards of any size need the same learning rate and the same alpha to start
-        agent.reward_scale.copy_(1e-8 + buffer.rows.reward[: buffer.end].square().mean().sqrt())
+        agent.reward_scale.copy_(1e-8 + buffer.rows.reward[: buffer.end].square().mean().sqrt())  # for any reward scale
         lengths = [len(episode.reward) - 1 for episode in episodes]
         iteration, global_step = iteration + 1, global_step + sum(lengths)
         metrics = {"losses/alpha": agent.log_alpha.exp(), "charts/episodic_length": np.mean(lengths)}
@@ -368,8 +369,7 @@ if __name__ == "__main__":
             metrics |= update(*networks, optimizer, batch, args)
             num_updates += 1
         finished = global_step >= args.total_timesteps
-        evaluated = finished or evaluations < global_step // args.eval_frequency
-        if evaluated:
+        if evaluated := finished or evaluations < global_step // args.eval_frequency:
             metrics["charts/eval_return"] = eval_return = evaluate(eval_envs, agent, args).mean().item()
         seconds = time.time() - start_time
         metrics["charts/SPS"] = sps = int(global_step / seconds)

@@ -85,9 +85,14 @@ def t_maze(n, memory, episodes=300, updates=1, **kwargs):
     return dict(script=[TBB], task={"experiments.tmaze:TMaze": episodes * n}, memory=memory, flags=[*map(str, flags)])
 
 
+def popgym_ppo(steps, memory):
+    """All tasks of POPGym, with the arguments of each family."""
+    lmbda = ["--gae-lambda", "0.5"]  # in cards and games a reward says whether the action before it was right
+    families = (HIDDEN, []), (MINES, lmbda), (CARDS, [*lmbda, "--num-minibatches", "16"])
+    return [dict(script=[PPO], task=dict.fromkeys(x, steps), memory=memory, flags=flags) for x, flags in families]
+
+
 LRU = dict(script=[TBB], task=TASKS, memory=["lru"], flags=SMALL)
-POPGYM_PPO = dict(script=[PPO], memory=["none", "lru", "mingru", "lru mingru"])
-LAMBDA = ["--gae-lambda", "0.5"]  # in cards and games a reward says whether the action before it was right
 
 EXPERIMENTS = {
     "sample_efficiency": [
@@ -127,9 +132,8 @@ EXPERIMENTS = {
         dict(script=[PPO], task=dict.fromkeys(["RepeatPreviousEasy", *CONTROL], 250_000), memory=["lru", "none"]),
     ],
     "popgym": [
-        POPGYM_PPO | dict(task=dict.fromkeys(HIDDEN, 250_000)),
-        POPGYM_PPO | dict(task=dict.fromkeys(MINES, 250_000), flags=LAMBDA),
-        POPGYM_PPO | dict(task=dict.fromkeys(CARDS, 250_000), flags=[*LAMBDA, "--num-minibatches", "16"]),
+        *popgym_ppo(250_000, ["none", "lru", "mingru", "lru mingru"]),
+        *popgym_ppo(1_000_000, ["lru mingru"]),
         dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
         dict(script=[RECURRENT_PPO], task=dict.fromkeys([*MORE_TASKS, *GAMES, *CONTROL], 250_000)),
     ],

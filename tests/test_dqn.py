@@ -357,7 +357,7 @@ ALGORITHM = [
     ("    if args.evaluate:", "        eval_envs.close()"),
     ('        optimizer.param_groups[0]["lr"]', "        lengths = "),
     ("        iteration, global_step =", "        finished = global_step"),
-    ("        if evaluated:", "        seconds = "),
+    ("        if evaluated := ", "        seconds = "),
     ("            writer.flush()", "            checkpoint = "),
 ]
 
@@ -382,7 +382,7 @@ ACTOR = [
     ("        # ALGO LOGIC: play whole episodes", "        for episode in episodes:"),
     ("            buffer.add(episode)", "        lengths = "),  # the scale of the rewards
     ("        iteration, global_step =", '        metrics["charts/episodic_return"]'),
-    ("        if evaluated:", "        seconds = "),
+    ("        if evaluated := ", "        seconds = "),
 ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
-from helpers import assert_refused, flags, make
+from helpers import assert_refused, checkpoint_of, flags, load, make
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import sac_tbb
@@ -215,3 +215,15 @@ def test_unbounded_actions_are_refused(space, play, monkeypatch):
     monkeypatch.setattr(helpers.ContinuousLengths, "action_space", space)
     assert_refused(play(sac_tbb, *flags(sac_tbb)), "SAC takes bounded Box actions", str(space))
     assert_refused(play(sac_tbb, "--env-id", "CartPole-v1"), "SAC takes bounded Box actions", "Discrete(2)")
+
+
+def test_the_memory_has_a_learning_rate_of_its_own(play, tmp_path):
+    assert play(sac_tbb, *flags(sac_tbb, "--memory-learning-rate", "1e-12"))[0] == 0
+    checkpoint = load(checkpoint_of(tmp_path))
+    args = sac_tbb.Args(**checkpoint["args"])
+    torch.manual_seed(args.seed)
+    fresh = sac_tbb.Agent(sac_tbb.make_envs(args, 1), args).state_dict()
+    trained = checkpoint["learners"]["agent"]
+    moved = {name: (trained[name] - x).abs().max() for name, x in fresh.items() if not name.endswith("scale")}
+    assert all((x > 1e-4) != name.startswith("memory.") for name, x in moved.items())
+    assert sum(name.startswith("memory.") for name in moved) > 10
