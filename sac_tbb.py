@@ -56,7 +56,7 @@ class Args:
     learning_rate: float = 1e-3
     """the learning rate of the optimizer"""
     memory_learning_rate: float = 1e-3
-    """the learning rate of the memory; robots need a smaller one, such as 1e-5, and more updates than others"""
+    """the learning rate of the memory; where training is unstable, try 1e-5 and more updates (arXiv 2405.15384)"""
     num_envs: int = 4
     """the number of parallel environments; in an iteration each plays one episode"""
     max_episode_steps: int = 0
