@@ -55,8 +55,8 @@ class Args:
     """transitions to collect; the last iteration may exceed it, since episodes are finished"""
     learning_rate: float = 1e-3
     """the learning rate of the optimizer"""
-    memory_learning_rate: float = 1e-3
-    """the learning rate of the memory; where training is unstable, try 1e-5 and more updates (arXiv 2405.15384)"""
+    memory_lr_scale: float = 1.0
+    """the learning rate of the memory, in units of --learning-rate; where training is unstable, try 0.01"""
     num_envs: int = 4
     """the number of parallel environments; in an iteration each plays one episode"""
     max_episode_steps: int = 0
@@ -93,7 +93,7 @@ class Args:
             (0, 2**32 - 1, "seed max_episode_steps"),
             (1, np.inf, "total_timesteps num_envs buffer_size train_frequency d_model eval_frequency eval_episodes"),
             (0, 1, "gamma tau"),
-            (1e-12, np.inf, "learning_rate memory_learning_rate max_grad_norm"),
+            (1e-12, np.inf, "learning_rate memory_lr_scale max_grad_norm"),
             (1, self.buffer_size, "batch_size"),
             (0, self.total_timesteps - 1, "learning_starts"),
         ]:
@@ -192,7 +192,7 @@ class Agent(nn.Module):
         head = lambda inputs, outputs: nn.Sequential(nn.Linear(inputs, d), nn.GELU(), nn.Linear(d, outputs))
         self.actor, self.critics = head(d, 2 * k), nn.ModuleList(head(d + k, 1) for _ in range(2))
         self.register_buffer("log_alpha", torch.tensor(-3.0))
-        self.register_buffer("reward_scale", torch.tensor(1.0))
+        self.register_buffer("reward_scale", torch.tensor(1.0))  # so that rewards of any size suit this alpha
 
     def forward(self, obs, previous_action, start, state):
         if self.previous_action:
@@ -327,8 +327,8 @@ if __name__ == "__main__":
     try:
         agent = Agent(envs, args).to(device)
         target_agent = copy.deepcopy(agent)
-        rate = lambda x: args.memory_learning_rate if x is agent.memory else args.learning_rate
-        optimizer = torch.optim.Adam([{"params": x.parameters(), "lr": rate(x)} for x in agent.children()], fused=True)
+        lr = lambda module: args.learning_rate * (args.memory_lr_scale if module is agent.memory else 1)
+        optimizer = torch.optim.Adam([{"params": x.parameters(), "lr": lr(x)} for x in agent.children()], fused=True)
         buffer = Tape(args, envs, device)
         learners = {"agent": agent, "target_agent": target_agent, "optimizer": optimizer, "buffer": buffer}
         for name, learner in learners.items() if saved else ():
@@ -358,7 +358,7 @@ if __name__ == "__main__":
         episodes = collect(envs, agent, partial(policy, greedy=False), (args.seed, 0, iteration))
         for episode in episodes:
             buffer.add(episode)
-        agent.reward_scale.copy_(1e-8 + buffer.rows.reward[: buffer.end].square().mean().sqrt())  # for any reward scale
+        agent.reward_scale.copy_(1e-8 + buffer.rows.reward[: buffer.end].square().mean().sqrt())
         lengths = [len(episode.reward) - 1 for episode in episodes]
         iteration, global_step = iteration + 1, global_step + sum(lengths)
         metrics = {"losses/alpha": agent.log_alpha.exp(), "charts/episodic_length": np.mean(lengths)}

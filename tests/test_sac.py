@@ -218,7 +218,7 @@ def test_unbounded_actions_are_refused(space, play, monkeypatch):
 
 
 def test_the_memory_has_a_learning_rate_of_its_own(play, tmp_path):
-    assert play(sac_tbb, *flags(sac_tbb, "--memory-learning-rate", "1e-12"))[0] == 0
+    assert play(sac_tbb, *flags(sac_tbb, "--memory-lr-scale", "1e-9"))[0] == 0
     checkpoint = load(checkpoint_of(tmp_path))
     args = sac_tbb.Args(**checkpoint["args"])
     torch.manual_seed(args.seed)
