@@ -1,6 +1,7 @@
 """Environments in which a test may do what it likes, and how to run a script in this process."""
 
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -148,6 +149,25 @@ def play(capsys, monkeypatch, tmp_path):
     yield play
     for number, handler in zip(SIGNALS, handlers):
         signal.signal(number, handler)  # so that Ctrl-C stops pytest again
+
+
+RUNS = {}  # {script: (folder, what play returned)}
+
+
+@pytest.fixture
+def trained(play, monkeypatch, tmp_path, tmp_path_factory):
+    """play(script, *flags(script)), which runs once in a session: after that a test gets a copy of the folder."""
+
+    def trained(script, folder="."):
+        if script not in RUNS:
+            source = tmp_path_factory.mktemp(script.__name__)
+            RUNS[script] = source, play(script, *flags(script), folder=source)
+        source, result = RUNS[script]
+        shutil.copytree(source, tmp_path / folder, dirs_exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        return result
+
+    return trained
 
 
 def checkpoint_of(folder):

@@ -24,7 +24,7 @@ import ppo_tbb
 import sac_tbb
 from monoids import MEMORIES
 
-play = helpers.play
+play, trained = helpers.play, helpers.trained
 
 
 def final(out):
@@ -223,8 +223,9 @@ def test_run_ends_with_the_line_that_programs_read(script, env_id, play, tmp_pat
 
 
 @each_script
-def test_same_seed_gives_the_same_run(script, play, tmp_path):
-    for folder, more in [("a", []), ("b", []), ("c", ["--seed", 2])]:
+def test_same_seed_gives_the_same_run(script, play, trained, tmp_path):
+    trained(script, "a")
+    for folder, more in [("b", []), ("c", ["--seed", 2])]:
         play(script, *flags(script, *more), folder=folder)
     a, b, c = (tmp_path / folder for folder in "abc")
     assert outcome(checkpoint_of(a)) == outcome(checkpoint_of(b)) and scalars(a) == scalars(b)
@@ -232,9 +233,9 @@ def test_same_seed_gives_the_same_run(script, play, tmp_path):
 
 
 @each_script
-def test_evaluations_do_not_affect_training(script, play, tmp_path):
-    for folder, more in [("often", []), ("once", ["--eval-frequency", 1000, "--eval-episodes", 1])]:
-        play(script, *flags(script, *more), folder=folder)
+def test_evaluations_do_not_affect_training(script, play, trained, tmp_path):
+    trained(script, "often")
+    play(script, *flags(script, "--eval-frequency", 1000, "--eval-episodes", 1), folder="once")
     often, once = (outcome(checkpoint_of(tmp_path / folder))[0] for folder in ("often", "once"))
     assert often == once
 
@@ -284,29 +285,44 @@ def test_experiment_name_does_not_leave_runs(script, play, tmp_path):
 
 
 @each_script
-def test_environment_that_never_ends_is_reported_and_a_second_signal_stops_at_once(script, play, monkeypatch, capsys):
+def test_episode_that_never_ends_is_reported_once(script, monkeypatch, capsys):
+    monkeypatch.setattr(Lengths, "lengths", [1_000_000])
+    envs, network, _ = make(script, num_envs=1)
+    printed = []
+
+    def act(network, obs, previous_action, start, state):
+        printed.append(capsys.readouterr().out)
+        assert len(printed) < 10_100
+        return torch.zeros_like(previous_action[0]), state
+
+    with pytest.raises(AssertionError):
+        script.collect(envs, network, act, 0)
+    (reported,) = (i for i, out in enumerate(printed) if out)
+    assert reported == 10_000 and "--max-episode-steps" in printed[reported]
+
+
+@each_script
+@pytest.mark.parametrize("number", helpers.SIGNALS)
+def test_second_signal_stops_at_once(script, number, play, monkeypatch):
     steps = []
 
     def trouble(obs, *rest):
         steps.append(obs)
-        assert len(steps) <= last, "the second signal was ignored"
-        if len(steps) in (last - 10, last):
+        assert len(steps) <= 50, "the second signal was ignored"
+        if len(steps) in (40, 50):
             signal.raise_signal(number)
         return obs, *rest
 
     monkeypatch.setattr(Lengths, "lengths", [1_000_000])
     monkeypatch.setattr(Lengths, "trouble", staticmethod(trouble))
-    for number, last in (signal.SIGTERM, 50), (signal.SIGINT, 10_100):
-        steps.clear()
-        with pytest.raises(KeyboardInterrupt):
-            play(script, *flags(script, "--num-envs", 1, "--memory", "none"))
-        assert len(steps) == last
-        assert capsys.readouterr().out.count("--max-episode-steps") == (last > 10_000)
+    with pytest.raises(KeyboardInterrupt):
+        play(script, *flags(script, "--num-envs", 1))
+    assert len(steps) == 50
 
 
 @each_script
-def test_finished_run_says_where_it_stands_and_can_be_prolonged(script, play, tmp_path):
-    _, first, _ = play(script, *flags(script))
+def test_finished_run_says_where_it_stands_and_can_be_prolonged(script, play, trained, tmp_path):
+    _, first, _ = trained(script)
     path = checkpoint_of(tmp_path)
     before = path.read_bytes()
     status, out, err = play(script, "--resume", path)
@@ -322,8 +338,8 @@ def test_finished_run_says_where_it_stands_and_can_be_prolonged(script, play, tm
 
 
 @each_script
-def test_copied_checkpoint_is_continued_where_it_lies(script, play, tmp_path):
-    play(script, *flags(script), folder="first")
+def test_copied_checkpoint_is_continued_where_it_lies(script, play, trained, tmp_path):
+    trained(script, "first")
     before = contents(tmp_path / "first")
     for folder, path in [("copy", tmp_path / "copy" / "my.pt"), ("here", "my.pt")]:
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -336,14 +352,14 @@ def test_copied_checkpoint_is_continued_where_it_lies(script, play, tmp_path):
 
 
 @each_script
-def test_evaluate_plays_the_same_episodes_and_writes_nothing(script, play, tmp_path):
-    _, trained, _ = play(script, *flags(script))
+def test_evaluate_plays_the_same_episodes_and_writes_nothing(script, play, trained, tmp_path):
+    _, first, _ = trained(script)
     path, before = checkpoint_of(tmp_path), contents(tmp_path)
     status, out, err = play(script, "--evaluate", path)
-    assert (status, err) == (0, "") and final(out) == final(trained)
+    assert (status, err) == (0, "") and final(out) == final(first)
     status, out, err = play(script, "--evaluate", path, "--seed", 5, "--eval-episodes", 3)
     mean, std = map(float, re.search(r"mean (\S+), standard deviation (\S+)", out).groups())
-    assert (status, err) == (0, "") and final(out)[1:] == (mean, 3) and mean != final(trained)[1] and std >= 0
+    assert (status, err) == (0, "") and final(out)[1:] == (mean, 3) and mean != final(first)[1] and std >= 0
     assert contents(tmp_path) == before
 
 

@@ -1,6 +1,6 @@
 """What a run survives, in every script: SIGKILL, signals, wrong arguments, damaged files, numbers gone wrong.
 
-KILLS=200 python -m pytest -s tests/test_trust.py -k sigkill     kills a run 200 times instead of 5
+KILLS=200 python -m pytest -s tests/test_trust.py -k sigkill     kills a run 200 times instead of 3
 """
 
 import math
@@ -28,8 +28,8 @@ import dqn_tbb
 import ppo_tbb
 import sac_tbb
 
-KILLS = int(os.environ.get("KILLS", 5))
-play = helpers.play
+KILLS = int(os.environ.get("KILLS", 3))
+play, trained = helpers.play, helpers.trained
 
 
 def once_saved(folder, do):
@@ -97,8 +97,8 @@ def test_resumed_run_is_bit_identical_after_sigkill(script, play, tmp_path):
 
 
 @each_script
-def test_resumed_run_is_bit_identical_after_signals(script, play, tmp_path, monkeypatch):
-    assert play(script, *flags(script), folder="whole")[0] == 0
+def test_resumed_run_is_bit_identical_after_signals(script, play, trained, tmp_path, monkeypatch):
+    assert trained(script, "whole")[0] == 0
     steps, resume = [], []
 
     def interrupt(*results):
@@ -171,8 +171,8 @@ class Malicious:
 
 @each_script
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
-def test_invalid_checkpoint_is_refused(script, flag, play, tmp_path):
-    play(script, *flags(script))
+def test_invalid_checkpoint_is_refused(script, flag, play, trained, tmp_path):
+    trained(script)
     good = checkpoint_of(tmp_path)
     whole, path = good.read_bytes(), tmp_path / "broken.pt"
     name = next(name for name in load(good)["learners"] if name != "optimizer")
@@ -198,8 +198,8 @@ def test_invalid_checkpoint_is_refused(script, flag, play, tmp_path):
 
 @each_script
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
-def test_checkpoint_of_another_network_is_refused(script, flag, play, tmp_path, monkeypatch):
-    play(script, *flags(script))
+def test_checkpoint_of_another_network_is_refused(script, flag, play, trained, tmp_path, monkeypatch):
+    trained(script)
     path, before = checkpoint_of(tmp_path), contents(tmp_path)
     for change in ("--d-model 32", "--memory gru", f"--env-id {control(script)}", "--no-previous-action"):
         assert_refused(play(script, flag, path, *change.split()), str(path))
@@ -211,8 +211,8 @@ def test_checkpoint_of_another_network_is_refused(script, flag, play, tmp_path, 
 
 @each_script
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
-def test_checkpoint_imports_no_module_unasked(script, flag, play, tmp_path, monkeypatch):
-    play(script, *flags(script))
+def test_checkpoint_imports_no_module_unasked(script, flag, play, trained, tmp_path, monkeypatch):
+    trained(script)
     path, module = checkpoint_of(tmp_path), f"imported_{script.__name__}_{flag[2:]}"
     (tmp_path / f"{module}.py").write_text("import os\nos.mkdir('it_ran')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -256,8 +256,8 @@ def test_wrong_argument_is_refused_before_anything_is_written(script, wrong, pla
 
 
 @each_script
-def test_arguments_that_exclude_each_other_are_refused(script, play, tmp_path):
-    play(script, *flags(script))
+def test_arguments_that_exclude_each_other_are_refused(script, play, trained, tmp_path):
+    trained(script)
     path, before = checkpoint_of(tmp_path), contents(tmp_path)
     for more in (["--resume", path, "--evaluate", path], ["--resume", path, "--capture-video"]):
         assert_refused(play(script, *more), "--evaluate", lines=0)
@@ -300,14 +300,14 @@ TROUBLES = {  # what an environment returns for obs, (reward, terminated, trunca
 
 @each_script
 @pytest.mark.parametrize("what", TROUBLES)
-def test_broken_environment_leaves_a_checkpoint_that_resumes(script, what, play, tmp_path, monkeypatch):
+def test_broken_environment_leaves_a_checkpoint_that_resumes(script, what, play, trained, tmp_path, monkeypatch):
     seen = []
 
     def spoil(path, *results):
         seen.append(path.read_bytes())
         return TROUBLES[what](*results)
 
-    assert play(script, *flags(script), folder="whole")[0] == 0
+    assert trained(script, "whole")[0] == 0
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError) if what == "exception" else nullcontext():
         patch.setattr(Lengths, "trouble", once_saved(tmp_path / "broken", spoil))
         assert_refused(play(script, *flags(script), folder="broken"), "Lengths-v0", "not finite")
