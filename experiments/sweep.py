@@ -152,7 +152,7 @@ EXPERIMENTS = {
 }
 EVALUATIONS = 10  # in a run
 SMOKE_TIMESTEPS = 250
-SMOKE = ["--num-envs", "1", "--eval-episodes", "4"]
+SMOKE = ["--num-envs", "1", "--eval-episodes", "4", "--eval-frequency", "100"]
 SMOKE_MORE = {TBB: ["--d-model", "16", "--learning-starts", "100"], PPO: ["--d-model", "16"]}
 SMOKE_MORE |= {SBB: SMOKE_MORE[TBB], SAC: SMOKE_MORE[TBB], RECURRENT_PPO: ["--num-steps", "16"], SB3_SAC: []}
 
