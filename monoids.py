@@ -563,7 +563,7 @@ def _blocked(decay, x, initial, reverse, K=8):
 
 # the kernel is defined only where it can run (a GPU or Triton's interpreter), as importing Triton takes half a second
 HAS_TRITON = importlib.util.find_spec("triton") and (torch.cuda.is_available() or os.getenv("TRITON_INTERPRET") == "1")
-BLOCK_ROWS, LANES = 128, 128
+BLOCK_ROWS, LANES = 64, 128
 
 if HAS_TRITON:
     import triton

@@ -108,7 +108,9 @@ def show(value):
 
 
 def report(file, header, rows, notes=()):
-    """Print the table, and write it beside `file` as CSV: numbers to four digits, then the notes and about()."""
+    """Print the table, and write it beside `file` as CSV (scan.py's is scan.csv, or scan_gpu.csv if measured on a GPU):
+    numbers to four digits, then the notes and about().
+    """
     notes = [*notes, about()]
     lines = [header, *([show(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -117,6 +119,7 @@ def report(file, header, rows, notes=()):
         cells = (x.ljust(w) if flag else x.rjust(w) for x, w, flag in zip(line, widths, left))
         print("  ".join(cells).rstrip())
     print(*notes, sep="\n", flush=True)
-    with open(Path(file).with_suffix(".csv"), "w", newline="") as out:
+    path = Path(file).with_name(f"{Path(file).stem}{'_gpu' * (DEVICE.type == 'cuda')}.csv")
+    with open(path, "w", newline="") as out:
         digits = lambda value: f"{value:.4g}" if isinstance(value, float) else value
         csv.writer(out).writerows([header, *([digits(v) for v in row] for row in rows), *([note] for note in notes)])

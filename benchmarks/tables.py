@@ -17,6 +17,7 @@ MS = {"ms": "ms", "matrix products alone, ms": "bare ms", "ratio": "x bare"}
 KIB = {"peak KiB per row": "peak KiB a row"}
 UPDATE = {"script": "update", "--memory": "memory", "rows": "rows", **MS, "times `lru`": "x lru", **KIB}
 TAPES = {"--memory": "memory", "transitions": "transitions", **MS, "µs per row": "us a row", **KIB}
+GPU = {"script": "update", "--memory": "memory", "transitions": "transitions", **MS, "times `lru`": "x lru"}
 AUTHORS = {"update": "update", "transitions": "transitions", "threads": "threads", **MS, "times ours": "x lru", **KIB}
 SIZE = {"episodes": "episodes", "longest": "up to", "rows": "rows"}
 RUNS = {"script": "what", "--memory": "memory", "steps": "steps", "s": "seconds", "steps/s": "steps a second"}
@@ -34,6 +35,9 @@ TABLES = {  # name: (CSV, {heading: column}, which rows, the column to show for 
     "runs": ("train", RUNS, lambda row: row["x SyncVectorEnv"] == "nan", None),
     "collect": ("train", COLLECT, lambda row: row["x SyncVectorEnv"] != "nan", None),
     "ppo": ("ppo", PPO, lambda row: True, None),
+    "scan_gpu": ("scan_gpu", {"T x channels": "T x C"}, lambda row: True, "f+b ms"),
+    "update_gpu": ("update_gpu", GPU, lambda row: row["update"].startswith("dqn_tbb"), None),
+    "returns_gpu": ("returns_gpu", SIZE, lambda row: row["what"] == "returns", "ms"),
 }
 
 

@@ -32,11 +32,11 @@ def seed():
 # Helpers
 
 
-def normal(*shape, mean=0.0, std=1.0, dtype=REAL, device="cpu"):
+def normal(*shape, mean=0.0, std=1.0, dtype=REAL, device=None):
     return (mean + std * torch.randn(shape, dtype=dtype, device=device)).requires_grad_()
 
 
-def starts(*shape, p=0.3, device="cpu"):
+def starts(*shape, p=0.3, device=None):
     return (torch.rand(shape) < p).to(device)
 
 

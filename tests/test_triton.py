@@ -111,7 +111,8 @@ def test_kernel_reads_only_its_rows(T, reverse, dtype):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_nan_does_not_cross_a_start_in_the_kernel(bad, first, kind, reverse):
-    test_monoids.test_nan_does_not_cross_a_start(40, reverse, kind, first, bad)
+    with torch.device(DEVICE):
+        test_monoids.test_nan_does_not_cross_a_start(40, reverse, kind, first, bad)
 
 
 def test_kernel_at_its_own_size(monkeypatch):
