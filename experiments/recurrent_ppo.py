@@ -53,6 +53,7 @@ if __name__ == "__main__":
     parser.add_argument("--env-id", default="popgym-RepeatPreviousMedium-v0")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--total-timesteps", type=int, default=250_000)
+    parser.add_argument("--gamma", type=float, default=0.99)
     parser.add_argument("--num-envs", type=int, default=16)
     parser.add_argument("--num-steps", type=int, default=128)
     parser.add_argument("--eval-frequency", type=int, default=10_000)
@@ -62,7 +63,7 @@ if __name__ == "__main__":
     envs = make_envs(args.num_envs, args.seed)
     callback = Evaluate(make_envs(args.eval_episodes, args.seed + 1_000_000), args)
     sizes = dict(n_steps=args.num_steps, batch_size=512, n_epochs=4)  # with these it solves Easy: benchmarks/ppo.py
-    model = RecurrentPPO("MlpLstmPolicy", envs, **sizes, seed=args.seed, device="cpu")
+    model = RecurrentPPO("MlpLstmPolicy", envs, **sizes, gamma=args.gamma, seed=args.seed, device="cpu")
     start_time = time.time()
     model.learn(args.total_timesteps, callback)
     eval_return = callback.evaluate()
