@@ -62,8 +62,8 @@ MORE_TASKS = TASKS | {"HigherLowerEasy": 10_000, "NoisyPositionOnlyCartPoleEasy"
 EASY_GAMES = ["HigherLowerEasy", "MineSweeperEasy", "BattleshipEasy"]
 CONTROL = ["PositionOnlyCartPoleEasy", "NoisyPositionOnlyCartPoleEasy", "PositionOnlyPendulumEasy"]
 POPGYM = [name[len("popgym-") : -len("-v0")] for name in gym.registry if name.startswith("popgym-")]  # Easy first
+DISCRETE = [task for task in POPGYM if "Pendulum" not in task]
 HIDDEN = [task for task in POPGYM if "Only" in task]  # control with hidden velocities or positions
-CARTPOLES = [task for task in HIDDEN if "Pendulum" not in task]
 MINES = [task for task in POPGYM if "MineSweeper" in task]  # episodes of five or six steps with random actions
 GAMES = [task for task in POPGYM if task.startswith(("Multiarmed", "Battle", "Concentration"))]
 ANSWERS = [task for task in POPGYM if task not in (*HIDDEN, *MINES, *GAMES)]  # actions change nothing but the reward
@@ -73,7 +73,6 @@ MUJOCO = [f"{robot}{what}" for what in ("Positions", "Velocities") for robot in 
 FULL = [f"{robot}Full" for robot in ROBOTS]
 FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer is an observation of long ago
 SMALL = ["--d-model", "64", "--learning-rate", "1e-3"]  # hundreds of runs: half the width, a third of the time
-NOW, SOON = ["--gamma", "0"], ["--gamma", "0.5"]
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
 
 
@@ -89,8 +88,9 @@ def t_maze(n, memory, episodes=300, updates=1, **kwargs):
 
 def popgym_ppo(steps, memory):
     """All tasks of POPGym, with the arguments of each family."""
-    lmbda, one_each = ["--gae-lambda", "0.5"], ["--num-minibatches", "16"]  # an episode in each minibatch
-    families = (HIDDEN, []), (ANSWERS, [*NOW, *one_each]), (MINES, lmbda), (GAMES, [*SOON, *lmbda, *one_each])
+    one_each, short = ["--num-minibatches", "16"], ["--gae-lambda", "0.5"]  # one episode in each minibatch
+    games = (MINES, short), (GAMES, ["--gamma", "0.5", *short, *one_each])
+    families = (HIDDEN, []), (ANSWERS, ["--gamma", "0", *one_each]), *games
     return [dict(script=[PPO], task=dict.fromkeys(x, steps), memory=memory, flags=flags) for x, flags in families]
 
 
@@ -136,8 +136,7 @@ EXPERIMENTS = {
     "popgym": [
         *popgym_ppo(250_000, ["none", "lru", "mingru", "lru mingru"]),
         *popgym_ppo(1_000_000, ["lru mingru"]),
-        dict(script=[TBB], task=dict.fromkeys([*CARTPOLES, *MINES, *GAMES], 100_000), memory=["lru mingru"]),
-        dict(script=[TBB], task=dict.fromkeys(ANSWERS, 100_000), memory=["lru mingru"], flags=NOW),
+        dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
         dict(script=[RECURRENT_PPO], task=dict.fromkeys([*MORE_TASKS, *EASY_GAMES, *CONTROL], 250_000)),
     ],
     "sac": [
