@@ -10,7 +10,7 @@ contestant computes is checked against ours before it is timed. Peak memory hold
 
 Inputs lie in memory as each contestant likes them; accelerated-scan's are (1, C, T). JAX runs on the CPU only, on as
 many cores as PyTorch has threads, compiled. Most of the time that this takes is torch.compile's. Writes
-benchmarks/scan.csv, on a GPU benchmarks/scan_gpu.csv, as the other benchmarks do.
+benchmarks/scan.csv.
 """
 
 import importlib.util

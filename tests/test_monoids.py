@@ -37,7 +37,7 @@ def normal(*shape, mean=0.0, std=1.0, dtype=REAL, device=None):
 
 
 def starts(*shape, p=0.3, device=None):
-    return (torch.rand(shape) < p).to(device)
+    return torch.rand(shape, device=device) < p
 
 
 def leaves(tree):
