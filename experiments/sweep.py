@@ -73,6 +73,8 @@ MUJOCO = [f"{robot}{what}" for what in ("Positions", "Velocities") for robot in 
 FULL = [f"{robot}Full" for robot in ROBOTS]
 FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer is an observation of long ago
 SMALL = ["--d-model", "64", "--learning-rate", "1e-3"]  # hundreds of runs: half the width, a third of the time
+ONE_EACH = ["--num-minibatches", "16"]  # one episode in each minibatch of PPO
+FOUR_EACH = ["--num-envs", "64", "--num-minibatches", "16", "--learning-rate", "5e-4"]
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
 
 
@@ -86,11 +88,11 @@ def t_maze(n, memory, episodes=300, updates=1, **kwargs):
     return dict(script=[TBB], task={"experiments.tmaze:TMaze": episodes * n}, memory=memory, flags=[*map(str, flags)])
 
 
-def popgym_ppo(steps, memory):
-    """All tasks of POPGym, with the arguments of each family."""
-    one_each, short = ["--num-minibatches", "16"], ["--gae-lambda", "0.5"]  # one episode in each minibatch
-    games = (MINES, short), (GAMES, ["--gamma", "0.5", *short, *one_each])
-    families = (HIDDEN, []), (ANSWERS, ["--gamma", "0", *one_each]), *games
+def popgym_ppo(steps, memory, answers):
+    """All tasks of POPGym, with the arguments of each family; answers: those of ANSWERS."""
+    short = ["--gae-lambda", "0.5"]
+    games = (MINES, short), (GAMES, ["--gamma", "0.5", *short, *ONE_EACH])
+    families = (HIDDEN, []), (ANSWERS, ["--gamma", "0", *answers]), *games
     return [dict(script=[PPO], task=dict.fromkeys(x, steps), memory=memory, flags=flags) for x, flags in families]
 
 
@@ -134,8 +136,8 @@ EXPERIMENTS = {
         dict(script=[PPO], task=dict.fromkeys(["RepeatPreviousEasy", *CONTROL], 250_000), memory=["lru", "none"]),
     ],
     "popgym": [
-        *popgym_ppo(250_000, ["none", "lru", "mingru", "lru mingru"]),
-        *popgym_ppo(1_000_000, ["lru mingru"]),
+        *popgym_ppo(250_000, ["none", "lru", "mingru", "lru mingru"], ONE_EACH),
+        *popgym_ppo(1_000_000, ["lru mingru"], FOUR_EACH),
         dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
         dict(script=[RECURRENT_PPO], task=dict.fromkeys([*MORE_TASKS, *EASY_GAMES, *CONTROL], 250_000)),
     ],
