@@ -514,9 +514,12 @@ def aggregate(runs, labels, folder):
     if not shared:
         return
     for name, (group, common) in itertools.product(labels, shared.items()):
-        own = [run for run in runs if run["label"] == name and run["task"] in common]
-        whole = common <= tasks[name]
-        value = over_tasks(normalised("final return"), own, statistic=interquartile_mean) if whole else ""
+        value = ""
+        if common <= tasks[name]:
+            own = [run for run in runs if run["label"] == name and run["task"] in common]
+            played = [set(unique(some, "seed")) for some in grouped(own, "task").values()]
+            own = [run for run in own if run["seed"] in set.intersection(*played)]  # all tasks weigh the same
+            value = over_tasks(normalised("final return"), own, statistic=interquartile_mean)
         series[name].append(value or (np.nan, np.nan, np.nan))
         table.append({"method": name, "tasks": group, "value": value})
     figure, axes = panels(1, 1, 3 * len(shared) + 2, 3.5)
