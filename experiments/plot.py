@@ -514,12 +514,11 @@ def aggregate(runs, labels, folder):
     if not shared:
         return
     for name, (group, common) in itertools.product(labels, shared.items()):
-        value = ""
-        if common <= tasks[name]:
-            own = [run for run in runs if run["label"] == name and run["task"] in common]
+        value, own = "", [run for run in runs if run["label"] == name and run["task"] in common]
+        if common <= tasks[name]:  # all tasks weigh the same: as many seeds of each
             played = [set(unique(some, "seed")) for some in grouped(own, "task").values()]
-            own = [run for run in own if run["seed"] in set.intersection(*played)]  # all tasks weigh the same
-            value = over_tasks(normalised("final return"), own, statistic=interquartile_mean)
+            if own := [run for run in own if run["seed"] in set.intersection(*played)]:
+                value = over_tasks(normalised("final return"), own, statistic=interquartile_mean)
         series[name].append(value or (np.nan, np.nan, np.nan))
         table.append({"method": name, "tasks": group, "value": value})
     figure, axes = panels(1, 1, 3 * len(shared) + 2, 3.5)
