@@ -506,27 +506,30 @@ def popgym(runs, folder):
 
 def aggregate(runs, labels, folder):
     """Interquartile means over the tasks that all memories of a script have played, for all that has played these."""
-    tasks = {name: set(unique(some, "task")) for (name,), some in grouped(runs, "label").items()}
+    even = []  # of seeds with which a method has played all its tasks, so that no task weighs more than others
+    for some in grouped(runs, "label").values():
+        played = [set(unique(own, "seed")) for own in grouped(some, "task").values()]
+        even += [run for run in some if run["seed"] in set.intersection(*played)]
+    tasks = dict.fromkeys(labels, set())
+    tasks |= {name: set(unique(some, "task")) for (name,), some in grouped(even, "label").items()}
     shared, series, table = {}, {name: [] for name in labels}, []
-    for (script, steps), some in grouped(runs, "script", "total_timesteps").items():
+    for (script, steps), some in grouped(even, "script", "total_timesteps").items():
         if common := set.intersection(*(tasks[name] for name in unique(some, "label"))):
             shared[f"{len(common)} tasks of {script}, {int(steps):,} steps"] = common
     if not shared:
         return
     for name, (group, common) in itertools.product(labels, shared.items()):
-        value, own = "", [run for run in runs if run["label"] == name and run["task"] in common]
-        if common <= tasks[name]:  # all tasks weigh the same: as many seeds of each
-            played = [set(unique(some, "seed")) for some in grouped(own, "task").values()]
-            if own := [run for run in own if run["seed"] in set.intersection(*played)]:
-                value = over_tasks(normalised("final return"), own, statistic=interquartile_mean)
+        own = [run for run in even if run["label"] == name and run["task"] in common]
+        whole = common <= tasks[name]
+        value = over_tasks(normalised("final return"), own, statistic=interquartile_mean) if whole else ""
         series[name].append(value or (np.nan, np.nan, np.nan))
         table.append({"method": name, "tasks": group, "value": value})
     figure, axes = panels(1, 1, 3 * len(shared) + 2, 3.5)
     draw_bars(axes[0, 0], shared, series)
     axes[0, 0].set_ylabel("normalised return (0: random actions)")
-    title = f"Interquartile mean over tasks and seeds, and 95% bootstrap interval\n{seeds(runs)}"
+    title = f"Interquartile mean over tasks and seeds, and 95% bootstrap interval\n{seeds(even)}"
     save(figure, title, folder, "popgym", axes[0, 0])
-    write(table, runs, folder, "popgym_aggregate", across="tasks", page="popgym.md")
+    write(table, even, folder, "popgym_aggregate", across="tasks", page="popgym.md")
 
 
 def returns(rows, folder):

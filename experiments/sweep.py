@@ -74,7 +74,7 @@ FULL = [f"{robot}Full" for robot in ROBOTS]
 FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer is an observation of long ago
 SMALL = ["--d-model", "64", "--learning-rate", "1e-3"]  # hundreds of runs: half the width, a third of the time
 ONE_EACH = ["--num-minibatches", "16"]  # one episode in each minibatch of PPO
-FOUR_EACH = ["--num-envs", "64", "--num-minibatches", "16", "--learning-rate", "5e-4"]
+FOUR_EACH = ["--num-envs", "64", "--num-minibatches", "16", "--learning-rate", "5e-4"]  # for longer runs
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
 
 
@@ -91,8 +91,12 @@ def t_maze(n, memory, episodes=300, updates=1, **kwargs):
 def popgym_ppo(steps, memory, answers):
     """All tasks of POPGym, with the arguments of each family; answers: those of ANSWERS."""
     short = ["--gae-lambda", "0.5"]
-    games = (MINES, short), (GAMES, ["--gamma", "0.5", *short, *ONE_EACH])
-    families = (HIDDEN, []), (ANSWERS, ["--gamma", "0", *answers]), *games
+    families = [
+        (HIDDEN, []),
+        (ANSWERS, ["--gamma", "0", *answers]),
+        (MINES, short),
+        (GAMES, ["--gamma", "0.5", *short, *ONE_EACH]),
+    ]
     return [dict(script=[PPO], task=dict.fromkeys(x, steps), memory=memory, flags=flags) for x, flags in families]
 
 
