@@ -432,20 +432,22 @@ def memories(runs, folder):
 def t_maze(runs, folder):
     """Success by memory and length of the corridor, and what it took the LRU."""
     length = lambda run: int(re.search(r"corridor_length (\d+)", run["run"])[1])
-    label = lambda run: f"N = {length(run):,}, {int(run['total_timesteps']) // length(run)} episodes"
-    runs = [run | {"corridor": label(run)} for run in sorted(runs, key=length)]
+    runs = [run | {"corridor": f"N = {length(run):,}"} for run in sorted(runs, key=length)]
+    runs = sorted(runs, key=lambda run: run["script"])
     table = [
-        {"memory": memory, "corridor": corridor, "value": over_tasks(SCORES["final return"], some)}
-        for (memory, corridor), some in grouped(runs, "memory", "corridor").items()
+        {"script": f"`{script}.py`", "memory": memory, "corridor": corridor}
+        | {"value": over_tasks(SCORES["final return"], some)}
+        for (script, memory, corridor), some in grouped(runs, "script", "memory", "corridor").items()
     ]
     write(table, runs, folder, "t_maze", across="corridor")
     runs, table = [run for run in runs if run["memory"] == "LRU"], []
-    for (corridor,), some in grouped(runs, "corridor").items():
+    for (script, corridor), some in grouped(runs, "script", "corridor").items():
         solved = [min(run["step"][run["eval_return"] >= 0.95], default=np.nan) for run in some]
         steps = " ".join("never" if np.isnan(x) else f"{int(x):,}" for x in solved)
         seconds = " ".join(f"{run['seconds'][-1]:,.0f}" for run in some)
-        table.append({"corridor": corridor, "seeds": len(some), "steps": f"{int(some[0]['step'][-1]):,}"})
-        table[-1] |= {"seconds": seconds, "first evaluation of 0.95 or more, steps": steps}
+        table.append({"script": f"`{script}.py`", "corridor": corridor, "seeds": len(some)})
+        table[-1] |= {"steps": f"{int(some[0]['step'][-1]):,}", "seconds": seconds}
+        table[-1] |= {"first evaluation of 0.95 or more, steps": steps}
     write(table, runs, folder, "t_maze_lru")
 
 

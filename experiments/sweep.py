@@ -67,25 +67,40 @@ HIDDEN = [task for task in POPGYM if "Only" in task]  # control with hidden velo
 MINES = [task for task in POPGYM if "MineSweeper" in task]  # episodes of five or six steps with random actions
 GAMES = [task for task in POPGYM if task.startswith(("Multiarmed", "Battle", "Concentration"))]
 ANSWERS = [task for task in POPGYM if task not in (*HIDDEN, *MINES, *GAMES)]  # actions change nothing but the reward
+SIX = [task for task in MORE_TASKS if task in ANSWERS]
 PENDULUMS = [f"{noise}PositionOnlyPendulum{level}" for noise in ("", "Noisy") for level in ("Easy", "Medium", "Hard")]
 ROBOTS = [f"experiments.partial_mujoco:{robot}" for robot in ("Hopper", "Walker2d", "HalfCheetah")]
 MUJOCO = [f"{robot}{what}" for what in ("Positions", "Velocities") for robot in ROBOTS]
 FULL = [f"{robot}Full" for robot in ROBOTS]
 FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer is an observation of long ago
-SMALL = ["--d-model", "64", "--learning-rate", "1e-3"]  # hundreds of runs: half the width, a third of the time
+HALF = ["--d-model", "64"]  # hundreds of runs: half the width, a third of the time
+SMALL = [*HALF, "--learning-rate", "1e-3"]
 ONE_EACH = ["--num-minibatches", "16"]  # one episode in each minibatch of PPO
 FOUR_EACH = ["--num-envs", "64", "--num-minibatches", "16", "--learning-rate", "5e-4"]  # for longer runs
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
 
 
-def t_maze(n, memory, episodes=300, updates=1, **kwargs):
-    """A corridor of n steps that moves the agent; after each episode so many updates, of eight each."""
-    flags = ["--env-kwargs", "corridor_length", n, "walk", "False", "--no-previous-action", "--num-envs", 16]
-    flags += ["--batch-size", 8 * n, "--train-frequency", n // updates, "--learning-starts", 8 * n]
-    flags += ["--buffer-size", 400 * n, "--gamma", 0.5, "--d-model", 32, "--learning-rate", 1e-3]
-    flags += ["--exploration-fraction", 0.5]
+def t_maze(script, n, memory, episodes, updates=1, **kwargs):
+    """A corridor of n steps that moves the agent. DQN makes so many updates of eight episodes after each episode."""
+    flags = ["--env-kwargs", "corridor_length", n, "walk", "False", "--no-previous-action"]
+    flags += ["--d-model", 32, "--learning-rate", 1e-3, "--gamma", 0.5 if script == TBB else 0]
+    if script == TBB:
+        flags += ["--num-envs", 16, "--batch-size", 8 * n, "--train-frequency", n // updates]
+        flags += ["--learning-starts", 8 * n, "--buffer-size", 400 * n, "--exploration-fraction", 0.5]
     flags += ["--memory-kwargs", *itertools.chain(*kwargs.items())] if kwargs else []
-    return dict(script=[TBB], task={"experiments.tmaze:TMaze": episodes * n}, memory=memory, flags=[*map(str, flags)])
+    task = {"experiments.tmaze:TMaze": episodes * n}
+    return dict(script=[script], task=task, memory=memory, flags=[*map(str, flags)])
+
+
+def t_mazes(script, n, episodes):
+    """Corridors of n steps for every memory, with horizons of up to 100 n."""
+    horizon = dict(horizon=100 * n)
+    return [
+        t_maze(script, n, ["lru"], episodes, **horizon, min_horizon=n, d_state=64),
+        t_maze(script, n, ["s5", "mingru", "lru mingru"], episodes, **horizon, d_state=64),
+        t_maze(script, n, ["ffm"], episodes, **horizon),
+        t_maze(script, n, ["linear_transformer", "gru", "none"], episodes),
+    ]
 
 
 def popgym_ppo(steps, memory, answers):
@@ -125,15 +140,15 @@ EXPERIMENTS = {
     ],
     "memories": [
         LRU | dict(task=MORE_TASKS, memory=MEMORIES),
-        dict(script=[PPO], task=dict.fromkeys(MORE_TASKS, 100_000), memory=MEMORIES, flags=["--d-model", "64"]),
+        dict(script=[PPO], task=dict.fromkeys(CONTROL[:2], 50_000), memory=MEMORIES, flags=HALF),
+        dict(script=[PPO], task=dict.fromkeys(SIX, 50_000), memory=MEMORIES, flags=[*HALF, "--gamma", "0"]),
     ],
     "t_maze": [
-        *(t_maze(n, ["lru"], horizon=100 * n, min_horizon=n, d_state=64) for n in (50, 250, 1000)),
-        *(t_maze(n, ["s5", "mingru", "lru mingru"], horizon=100 * n, d_state=64) for n in (50, 250, 1000)),
-        *(t_maze(n, ["ffm"], horizon=100 * n) for n in (50, 250, 1000)),
-        *(t_maze(n, ["linear_transformer", "gru", "none"]) for n in (50, 250, 1000)),
-        t_maze(4000, ["lru"], episodes=400, horizon=400_000, min_horizon=4000, d_state=64),
-        t_maze(10_000, ["lru"], updates=2, horizon=1_000_000, min_horizon=10_000, d_state=64),
+        *(run for n in (50, 250, 1000) for run in (*t_mazes(TBB, n, 300), *t_mazes(PPO, n, 600))),
+        t_maze(TBB, 4000, ["lru"], 400, horizon=400_000, min_horizon=4000, d_state=64),
+        t_maze(PPO, 4000, ["lru"], 400, horizon=400_000, min_horizon=4000, d_state=64),
+        t_maze(TBB, 10_000, ["lru"], 300, updates=2, horizon=1_000_000, min_horizon=10_000, d_state=64),
+        t_maze(PPO, 10_000, ["lru"], 300, horizon=1_000_000, min_horizon=10_000, d_state=64),
     ],
     "defaults": [
         dict(script=[TBB], task=dict.fromkeys([*TASKS, *EASY_GAMES], 40_000), memory=["lru"]),
