@@ -67,7 +67,7 @@ HIDDEN = [task for task in POPGYM if "Only" in task]  # control with hidden velo
 MINES = [task for task in POPGYM if "MineSweeper" in task]  # episodes of five or six steps with random actions
 GAMES = [task for task in POPGYM if task.startswith(("Multiarmed", "Battle", "Concentration"))]
 ANSWERS = [task for task in POPGYM if task not in (*HIDDEN, *MINES, *GAMES)]  # actions change nothing but the reward
-SIX = [task for task in MORE_TASKS if task in ANSWERS]
+MORE_ANSWERS = [task for task in MORE_TASKS if task in ANSWERS]
 PENDULUMS = [f"{noise}PositionOnlyPendulum{level}" for noise in ("", "Noisy") for level in ("Easy", "Medium", "Hard")]
 ROBOTS = [f"experiments.partial_mujoco:{robot}" for robot in ("Hopper", "Walker2d", "HalfCheetah")]
 MUJOCO = [f"{robot}{what}" for what in ("Positions", "Velocities") for robot in ROBOTS]
@@ -94,11 +94,10 @@ def t_maze(script, n, memory, episodes, updates=1, **kwargs):
 
 def t_mazes(script, n, episodes):
     """Corridors of n steps for every memory, with horizons of up to 100 n."""
-    horizon = dict(horizon=100 * n)
     return [
-        t_maze(script, n, ["lru"], episodes, **horizon, min_horizon=n, d_state=64),
-        t_maze(script, n, ["s5", "mingru", "lru mingru"], episodes, **horizon, d_state=64),
-        t_maze(script, n, ["ffm"], episodes, **horizon),
+        t_maze(script, n, ["lru"], episodes, horizon=100 * n, min_horizon=n, d_state=64),
+        t_maze(script, n, ["s5", "mingru", "lru mingru"], episodes, horizon=100 * n, d_state=64),
+        t_maze(script, n, ["ffm"], episodes, horizon=100 * n),
         t_maze(script, n, ["linear_transformer", "gru", "none"], episodes),
     ]
 
@@ -141,7 +140,7 @@ EXPERIMENTS = {
     "memories": [
         LRU | dict(task=MORE_TASKS, memory=MEMORIES),
         dict(script=[PPO], task=dict.fromkeys(CONTROL[:2], 50_000), memory=MEMORIES, flags=HALF),
-        dict(script=[PPO], task=dict.fromkeys(SIX, 50_000), memory=MEMORIES, flags=[*HALF, "--gamma", "0"]),
+        dict(script=[PPO], task=dict.fromkeys(MORE_ANSWERS, 50_000), memory=MEMORIES, flags=[*HALF, "--gamma", "0"]),
     ],
     "t_maze": [
         *(run for n in (50, 250, 1000) for run in (*t_mazes(TBB, n, 300), *t_mazes(PPO, n, 600))),
