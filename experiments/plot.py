@@ -432,8 +432,8 @@ def memories(runs, folder):
 def t_maze(runs, folder):
     """Success by memory and length of the corridor, and what it took the LRU."""
     length = lambda run: int(re.search(r"corridor_length (\d+)", run["run"])[1])
-    runs = [run | {"corridor": f"N = {length(run):,}"} for run in sorted(runs, key=length)]
-    runs = sorted(runs, key=lambda run: run["script"])
+    runs = sorted(runs, key=lambda run: (run["script"], length(run)))
+    runs = [run | {"corridor": f"N = {length(run):,}"} for run in runs]
     table = [
         {"script": f"`{script}.py`", "memory": memory, "corridor": corridor}
         | {"value": over_tasks(SCORES["final return"], some)}

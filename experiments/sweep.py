@@ -144,10 +144,8 @@ EXPERIMENTS = {
     ],
     "t_maze": [
         *(run for n in (50, 250, 1000) for run in (*t_mazes(TBB, n, 300), *t_mazes(PPO, n, 600))),
-        t_maze(TBB, 4000, ["lru"], 400, horizon=400_000, min_horizon=4000, d_state=64),
-        t_maze(PPO, 4000, ["lru"], 400, horizon=400_000, min_horizon=4000, d_state=64),
-        t_maze(TBB, 10_000, ["lru"], 300, updates=2, horizon=1_000_000, min_horizon=10_000, d_state=64),
-        t_maze(PPO, 10_000, ["lru"], 300, horizon=1_000_000, min_horizon=10_000, d_state=64),
+        *(t_maze(x, 4000, ["lru"], 400, horizon=400_000, min_horizon=4000, d_state=64) for x in (TBB, PPO)),
+        *(t_maze(x, 10_000, ["lru"], 300, 2, horizon=1_000_000, min_horizon=10_000, d_state=64) for x in (TBB, PPO)),
     ],
     "defaults": [
         dict(script=[TBB], task=dict.fromkeys([*TASKS, *EASY_GAMES], 40_000), memory=["lru"]),
