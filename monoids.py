@@ -633,7 +633,8 @@ def _on_gpu(x):
 def _triton(decay, x, initial, start, reverse):
     """As `_recur`, in blocks like `_blocked`: one thread computes one channel of one block."""
     shape, T, N = x.shape, len(x), math.prod(x.shape[1:])
-    flat = lambda y: y.expand(-1, *shape[1:]).reshape(-1, N).resolve_conj().resolve_neg().contiguous()  # (T or 1, N)
+    wide = lambda y: y.expand(1 if len(y) == 1 else T, *shape[1:])
+    flat = lambda y: wide(y).reshape(-1, N).resolve_conj().resolve_neg().contiguous()  # (T or 1, N)
     decay, x, enter = flat(decay), flat(x), flat(initial[None])
     D = 1 if start is None else math.prod(shape[start.ndim :])  # the channels that share a start
     start = start if start is None else start.expand(shape[: start.ndim]).contiguous()

@@ -40,7 +40,7 @@ class Args:
     cuda: bool = True
     """whether to train on a GPU if there is one"""
     compile: bool = False
-    """compile the networks for updates, into CUDA graphs on a GPU; batches are padded to multiples of 64 rows"""
+    """compile the networks for updates, into CUDA graphs on a GPU; tapes are padded to multiples of 64 rows"""
     resume: str = ""
     """continue the run of this checkpoint in the directory where it lies; its arguments are the defaults"""
     evaluate: str = ""
@@ -130,7 +130,7 @@ def make_envs(args, num_envs, video=False):
     try:
         makers = [partial(make_env, index) for index in range(num_envs)]
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
-    except (gym.error.Error, ImportError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # an environment can raise anything
         hint = "an id may name its module, module:MyEnv-v0; an ObservationWrapper can make a Box of any observation"
         fail(f"--env-id {args.env_id}: {str(error) or 'unknown observation space'} ({hint})")
 
@@ -202,8 +202,7 @@ class Agent(nn.Module):
 
     def act(self, x, noise):  # a = tanh(u), u ~ N(mean, std), and log pi(a) = log N(u) - log(1 - tanh(u)^2)
         mean, log_std = self.actor(x).chunk(2, -1)  # (T, B, k)
-        log_std = log_std.clamp(-20, 2)
-        u = mean + log_std.exp() * noise
+        u = mean + (log_std := log_std.clamp(-20, 2)).exp() * noise
         logprob = -(noise**2) / 2 - log_std - np.log(2 * np.pi) / 2 - 2 * (np.log(2) - u - F.softplus(-2 * u))
         return u.tanh(), logprob.sum(-1)
 
@@ -327,8 +326,7 @@ if __name__ == "__main__":
     try:
         agent = Agent(envs, args).to(device)
         target_agent = copy.deepcopy(agent)
-        lr = lambda module: args.learning_rate * (args.memory_lr_scale if module is agent.memory else 1)
-        optimizer = torch.optim.Adam([{"params": x.parameters(), "lr": lr(x)} for x in agent.children()], fused=True)
+        optimizer = torch.optim.Adam([{"params": x.parameters()} for x in agent.children()], fused=True)
         buffer = Tape(args, envs, device)
         learners = {"agent": agent, "target_agent": target_agent, "optimizer": optimizer, "buffer": buffer}
         for name, learner in learners.items() if saved else ():
@@ -338,8 +336,8 @@ if __name__ == "__main__":
             writer = SummaryWriter(os.path.dirname(path) or ".", purge_step=global_step + 1 if saved else None)
     except (ArithmeticError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         fail(f"{path}: {' '.join(str(error).split())[:300]}")  # --memory-kwargs, a checkpoint of other shapes, no room
-    compiled = partial(torch.compile, mode="reduce-overhead", dynamic=False) if args.compile else nn.Identity()
-    networks = [compiled(agent), compiled(target_agent)]
+    compiled = partial(torch.compile, mode="reduce-overhead", dynamic=False, recompile_limit=64)  # once for each size
+    networks = [compiled(x) if args.compile else x for x in (agent, target_agent)]
     if args.evaluate:
         returns = evaluate(eval_envs, agent, args)
         eval_envs.close()  # writes the video
@@ -355,6 +353,8 @@ if __name__ == "__main__":
     while not finished:
         # ALGO LOGIC: play whole episodes with the current weights
         evaluations = global_step // args.eval_frequency
+        for group, module in zip(optimizer.param_groups, agent.children()):
+            group["lr"] = args.learning_rate * (args.memory_lr_scale if module is agent.memory else 1)
         episodes = collect(envs, agent, partial(policy, greedy=False), (args.seed, 0, iteration))
         for episode in episodes:
             buffer.add(episode)

@@ -2,8 +2,9 @@
 
     python experiments/recurrent_ppo.py --env-id popgym-RepeatPreviousMedium-v0 --total-timesteps 250000
 
-Other arguments are its defaults; observations are flattened, because it takes no tuples. Tags in TensorBoard:
-charts/eval_return (greedy episodes on a fresh environment) and charts/episodic_return (the last 100 training episodes).
+Batches of 512 and 4 epochs; all else that is not an argument here is its default. Observations are flattened, because
+it takes no tuples. Tags in TensorBoard: charts/eval_return (greedy episodes on a fresh environment) and
+charts/episodic_return (the last 100 training episodes).
 """
 
 import argparse

@@ -395,9 +395,9 @@ def main():
     paths = {}  # of each run's CSV; two experiments may have a run in common
     done = {name: finished(folder / f"{name}.csv", mend=name in args.names) for name in EXPERIMENTS}
     played = {key: rows for runs in done.values() for key, rows in runs.items()}
-    for name in args.names:
+    for name in dict.fromkeys(args.names):
         path = folder / f"{name}.csv"
-        for run in runs_of(name, args.seeds, args.tasks, args.smoke):
+        for run in runs_of(name, [*dict.fromkeys(args.seeds)], args.tasks, args.smoke):
             if run.key in done[name]:
                 continue
             if run.key in played and name != "wall_clock":  # where seconds are what counts

@@ -222,8 +222,13 @@ def test_the_memory_has_a_learning_rate_of_its_own(play, tmp_path):
     checkpoint = load(checkpoint_of(tmp_path))
     args = sac_tbb.Args(**checkpoint["args"])
     torch.manual_seed(args.seed)
-    fresh = sac_tbb.Agent(sac_tbb.make_envs(args, 1), args).state_dict()
+    agent = sac_tbb.Agent(sac_tbb.make_envs(args, 1), args)
+    fresh = agent.state_dict()
     trained = checkpoint["learners"]["agent"]
     moved = {name: (trained[name] - x).abs().max() for name, x in fresh.items() if not name.endswith("scale")}
     assert all((x > 1e-4) != name.startswith("memory.") for name, x in moved.items())
     assert sum(name.startswith("memory.") for name in moved) > 10
+    more = "--learning-rate", 1e-4, "--memory-lr-scale", 0.1, "--total-timesteps", 500
+    assert play(sac_tbb, "--resume", checkpoint_of(tmp_path), *more)[0] == 0
+    rates = [group["lr"] for group in load(checkpoint_of(tmp_path))["learners"]["optimizer"]["param_groups"]]
+    assert rates == pytest.approx([1e-4 * 0.1 if name == "memory" else 1e-4 for name, _ in agent.named_children()])

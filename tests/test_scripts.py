@@ -278,6 +278,12 @@ def test_unknown_environment_is_refused_and_modules_are_mentioned(script, env_id
 
 
 @each_script
+def test_environment_that_cannot_be_made_is_refused(script, play, tmp_path):
+    assert_refused(play(script, "--env-id", "FrozenLake-v1", "--env-kwargs", "map_name", "9x9"), "FrozenLake-v1", "9x9")
+    assert not [*tmp_path.iterdir()]
+
+
+@each_script
 def test_experiment_name_does_not_leave_runs(script, play, tmp_path):
     (tmp_path / "a").mkdir()
     assert play(script, *flags(script, "--exp-name", "../../../x"), folder="a/b")[0] == 0

@@ -51,6 +51,12 @@ def test_kernel_equals_a_loop(T, reverse, dtype):
     same(linear_recurrence(decay, x, reverse=reverse), loop(decay, x, reverse=reverse), inputs[:2])
 
 
+def test_kernel_refuses_a_decay_of_another_length():
+    for rows in (2, 8, 10):
+        with pytest.raises(RuntimeError):
+            linear_recurrence(normal(rows, 1, 1), normal(9, 3, 2))
+
+
 @pytest.mark.parametrize("flags", ["", "T", "TB"])
 @pytest.mark.parametrize("decay", ["", "D", "T11", "1B1", "T1D", "TB1", "1BD", "TBD"])
 def test_kernel_broadcasts(decay, flags):
