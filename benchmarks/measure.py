@@ -40,6 +40,8 @@ def pin():
 
 def once(f):
     """Seconds that one call takes."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()  # the call before may still be running
     begin = time.perf_counter()
     f()
     if DEVICE.type == "cuda":

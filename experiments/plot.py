@@ -135,7 +135,7 @@ def normalised(score):
 
 def seeds(runs):
     """Which seeds there are, or how many where it isn't the same for all that is compared."""
-    groups = grouped(runs, "script", "task", "memory", "segment_length", "variant").values()
+    groups = grouped(runs, "script", "task", "memory", "segment_length", "variant", "total_timesteps").values()
     found = {tuple(sorted(unique(group, "seed"), key=int)) for group in groups}
     if len(found) == 1:
         return "seeds " + ", ".join(*found)
@@ -195,7 +195,7 @@ def text(x):
     mean, low, high, *remark = x if isinstance(x, tuple) else (x, np.nan, np.nan)
     if isinstance(mean, str | int):
         return str(mean)
-    number = lambda x: f"{x:.{2 if abs(x) < 9.995 else 1}f}"
+    number = lambda x: f"{x:z.{2 if abs(x) < 9.995 else 1}f}"
     return " ".join([number(mean), *[f"[{number(low)}, {number(high)}]"] * bool(low == low), *remark])
 
 
