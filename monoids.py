@@ -446,14 +446,15 @@ class GRUCell(nn.Module):
         begins = start.clone()
         begins[0] = True
         b, t = begins.T.nonzero(as_tuple=True)  # the first row of each episode (or rest of one), sequence by sequence
-        lengths = torch.diff(b * T + t, append=b.new_tensor([B * T]))
-        rows = torch.arange(B * T, device=x.device).split(lengths.tolist())
-        rows = nn.utils.rnn.pack_sequence(rows, enforce_sorted=False)  # one gather, not many slices
+        first = b * T + t
+        lengths = torch.diff(first, append=b.new_tensor([B * T]))
+        step = torch.arange(int(lengths.max()), device=x.device)[:, None]
+        rows = first + torch.minimum(step, lengths - 1)  # (longest, episodes): repeats of its last row fill a short one
         h = torch.where(start[t, b][:, None], 0, state[b])  # (episodes, d_state)
-        y, h = self.gru(rows._replace(data=x.transpose(0, 1).flatten(0, 1)[rows.data]), h[None])
-        y = y.data[rows.data.argsort()].unflatten(0, (B, T)).transpose(0, 1)  # (T, B, d_state)
-        last = torch.cat((b[1:] != b[:-1], b.new_ones(1, dtype=torch.bool)))
-        return self.output(y), h[0, last]
+        # not packed: on a CPU the backward pass of a packed sequence takes time quadratic in its length
+        y, _ = self.gru(x.transpose(0, 1).flatten(0, 1)[rows], h[None])
+        y = y.transpose(0, 1)[(step < lengths).T].unflatten(0, (B, T)).transpose(0, 1)  # (T, B, d_state)
+        return self.output(y), y[-1]
 
 
 class Memory(nn.Module):
