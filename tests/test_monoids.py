@@ -677,7 +677,7 @@ def test_start_discards_the_previous_state(name, T):
 
 @each_memory
 def test_nan_in_x_does_not_cross_a_start(name):
-    """Row 5 is NaN. Its episode ends with row 29, there is none in the next, forward or back, nor in what a GRU pads."""
+    """Row 5 is NaN. Its episode ends with row 29, there is none in the next, forward or back, nor where a GRU pads."""
     memory = memory_of(name)
     x, start = normal(50, 2, D), torch.arange(50)[:, None].expand(50, 2) == 30
 
