@@ -500,14 +500,15 @@ def popgym(runs, folder):
                 row["difference"] = max(ours) - float(best["return"])
         table.append(row)
     write(table, runs, folder, "popgym", page="popgym.md")
-    columns = ["task", "random actions", *labels, "best published", "by"]
-    ten = [{column: row.get(column, "") for column in columns} for row in table if row["task"] in IN_README]
+    columns = ["task", "random actions", *labels, "best published"]
+    short = lambda x: x[:3] if isinstance(x, tuple) else x  # without the seconds
+    ten = [{column: short(row.get(column, "")) for column in columns} for row in table if row["task"] in IN_README]
     write(ten, runs, folder, "popgym_ten", page="../README.md")
     aggregate(runs, labels, folder)
 
 
 def aggregate(runs, labels, folder):
-    """Interquartile means over the tasks that all memories of a script have played, for all that has played these."""
+    """Interquartile means over the tasks that a script has played with any memory, for all that has played these."""
     even = []  # of seeds with which a method has played all its tasks, so that no task weighs more than others
     for some in grouped(runs, "label").values():
         played = [set(unique(own, "seed")) for own in grouped(some, "task").values()]
@@ -516,8 +517,8 @@ def aggregate(runs, labels, folder):
     tasks |= {name: set(unique(some, "task")) for (name,), some in grouped(even, "label").items()}
     shared, series, table = {}, {name: [] for name in labels}, []
     for (script, steps), some in grouped(even, "script", "total_timesteps").items():
-        if common := set.intersection(*(tasks[name] for name in unique(some, "label"))):
-            shared[f"{len(common)} tasks of {script}, {int(steps):,} steps"] = common
+        common = set(unique(some, "task"))
+        shared[f"{len(common)} tasks of {script}, {int(steps):,} steps"] = common
     if not shared:
         return
     for name, (group, common) in itertools.product(labels, shared.items()):
