@@ -60,7 +60,9 @@ SCORES = {  # of a run
 }
 LINES = [("black", "-", "o"), ("#cc5500", "--", "s"), ("#0072b2", "-.", "^"), ("#009e73", ":", "D")]
 LINES += [("#888888", (0, (6, 1)), "v"), ("#aa4499", (0, (1, 1)), "P")]
+LINES += [("#d4a000", "-", "X"), ("#66bbee", "--", "*")]
 BARS = [("black", ""), ("#bbbbbb", "//"), ("white", ".."), ("#777777", "xx"), ("white", "\\\\"), ("white", "")]
+BARS += [("#777777", ""), ("#bbbbbb", "++")]
 SPREAD = "mean and 95% bootstrap interval"
 
 
