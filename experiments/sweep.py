@@ -65,8 +65,9 @@ POPGYM = [name[len("popgym-") : -len("-v0")] for name in gym.registry if name.st
 DISCRETE = [task for task in POPGYM if "Pendulum" not in task]
 HIDDEN = [task for task in POPGYM if "Only" in task]  # control with hidden velocities or positions
 MINES = [task for task in POPGYM if "MineSweeper" in task]  # episodes of five or six steps with random actions
-GAMES = [task for task in POPGYM if task.startswith(("Multiarmed", "Battle", "Concentration"))]
-ANSWERS = [task for task in POPGYM if task not in (*HIDDEN, *MINES, *GAMES)]  # actions change nothing but the reward
+BANDITS = [task for task in POPGYM if "Bandit" in task]  # episodes of 200 to 600 steps
+GAMES = [task for task in POPGYM if task.startswith(("Battle", "Concentration"))]
+ANSWERS = [task for task in POPGYM if task not in (*HIDDEN, *MINES, *BANDITS, *GAMES)]  # actions change only rewards
 MORE_ANSWERS = [task for task in MORE_TASKS if task in ANSWERS]
 PENDULUMS = [f"{noise}PositionOnlyPendulum{level}" for noise in ("", "Noisy") for level in ("Easy", "Medium", "Hard")]
 ROBOTS = [f"experiments.partial_mujoco:{robot}" for robot in ("Hopper", "Walker2d", "HalfCheetah")]
@@ -76,6 +77,7 @@ FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer 
 HALF = ["--d-model", "64"]  # hundreds of runs: half the width, a third of the time
 SMALL = [*HALF, "--learning-rate", "1e-3"]
 ONE_EACH = ["--num-minibatches", "16"]  # one episode in each minibatch of PPO
+FEW = ["--num-envs", "4", "--num-minibatches", "4"]  # likewise, but four times as many iterations
 FOUR_EACH = ["--num-envs", "64", "--num-minibatches", "16", "--learning-rate", "5e-4"]  # for longer runs
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
 
@@ -109,6 +111,7 @@ def popgym_ppo(steps, memory, answers):
         (HIDDEN, []),
         (ANSWERS, ["--gamma", "0", *answers]),
         (MINES, short),
+        (BANDITS, ["--gamma", "0.5", *short, *FEW]),
         (GAMES, ["--gamma", "0.5", *short, *ONE_EACH]),
     ]
     return [dict(script=[PPO], task=dict.fromkeys(x, steps), memory=memory, flags=flags) for x, flags in families]
