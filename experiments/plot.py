@@ -4,8 +4,8 @@
     python experiments/plot.py sensitivity recall
 
 Reads experiments/results/NAME.csv (see sweep.py) and benchmarks/returns.csv. Writes experiments/figures/NAME*.png,
-prints every table as Markdown and puts it into experiments/README.md (popgym: popgym.md, and ten rows into the README
-of the project) between `<!-- table: NAME -->` and `<!-- end -->`. An interval is the 95% percentile bootstrap interval
+prints every table as Markdown and puts it into experiments/README.md (sac, mujoco: sac.md; popgym: popgym.md, and ten
+rows into the README of the project) between `<!-- table: NAME -->` and `<!-- end -->`. An interval is the 95% percentile bootstrap interval
 of a mean over seeds; in a mean over tasks, seeds are resampled within each task. One seed has no interval.
 """
 
@@ -453,7 +453,7 @@ def t_maze(runs, folder):
     write(table, runs, folder, "t_maze_lru")
 
 
-def defaults(runs, folder, name="defaults", order="script"):
+def defaults(runs, folder, name="defaults", order="script", page="README.md"):
     """A table without a figure: one row for each script, task and memory."""
     table = [
         {"script": f"`{script}.py`", "task": task, "memory": memory, "seeds": len(some)}
@@ -462,18 +462,19 @@ def defaults(runs, folder, name="defaults", order="script"):
         | {"final return": over_tasks(SCORES["final return"], some)}
         for (script, task, memory), some in grouped(runs, "script", "task", "memory").items()
     ]
-    write(sorted(table, key=lambda row: row[order]) if order else table, runs, folder, name)
+    write(sorted(table, key=lambda row: row[order]) if order else table, runs, folder, name, page=page)
 
 
 def sac(runs, folder):
-    defaults([run | {"memory": run["memory"] + VARIANTS[run["variant"]]} for run in runs], folder, "sac", order=None)
+    runs = [run | {"memory": run["memory"] + VARIANTS[run["variant"]]} for run in runs]
+    defaults(runs, folder, "sac", order=None, page="sac.md")
 
 
 def mujoco(runs, folder):
     """Stable-Baselines3's SAC has no memory."""
     name = lambda run: "none" if run["script"] == "sb3_sac" else run["memory"]
     runs = [run | {"memory": name(run)} for run in runs]
-    defaults(runs, folder, "mujoco", order=None)
+    defaults(runs, folder, "mujoco", order=None, page="sac.md")
 
 
 def popgym(runs, folder):

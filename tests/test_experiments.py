@@ -345,7 +345,7 @@ def test_sensitivity_leaves_the_run_as_it_is(smoke):
 
 
 def test_every_experiment_gives_its_figures_and_tables(sweep, smoke):
-    pages = [Path(shutil.copy(SWEEP.with_name(name), smoke.parent)) for name in ("README.md", "popgym.md")]
+    pages = [Path(shutil.copy(SWEEP.with_name(name), smoke.parent)) for name in ("README.md", "popgym.md", "sac.md")]
     pages.append(Path(shutil.copy(ROOT / "README.md", smoke.parent.parent)))
     for page in pages:  # without their tables
         page.write_text(re.sub("(<!-- table: .*?-->\n).*?(<!-- end -->)", r"\1\2", page.read_text(), flags=re.DOTALL))
