@@ -55,8 +55,6 @@ class Args:
     """transitions to collect; the last iteration may exceed it, since episodes are finished"""
     learning_rate: float = 1e-3
     """the learning rate of the optimizer"""
-    memory_lr_scale: float = 1.0
-    """the learning rate of the memory, in units of --learning-rate; where training is unstable, try 0.01"""
     num_envs: int = 4
     """the number of parallel environments; in an iteration each plays one episode"""
     max_episode_steps: int = 0
@@ -93,7 +91,7 @@ class Args:
             (0, 2**32 - 1, "seed max_episode_steps"),
             (1, np.inf, "total_timesteps num_envs buffer_size train_frequency d_model eval_frequency eval_episodes"),
             (0, 1, "gamma tau"),
-            (1e-12, np.inf, "learning_rate memory_lr_scale max_grad_norm"),
+            (1e-12, np.inf, "learning_rate max_grad_norm"),
             (1, self.buffer_size, "batch_size"),
             (0, self.total_timesteps - 1, "learning_starts"),
         ]:
@@ -326,7 +324,7 @@ if __name__ == "__main__":
     try:
         agent = Agent(envs, args).to(device)
         target_agent = copy.deepcopy(agent)
-        optimizer = torch.optim.Adam([{"params": x.parameters()} for x in agent.children()], fused=True)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
         buffer = Tape(args, envs, device)
         learners = {"agent": agent, "target_agent": target_agent, "optimizer": optimizer, "buffer": buffer}
         for name, learner in learners.items() if saved else ():
@@ -353,8 +351,7 @@ if __name__ == "__main__":
     while not finished:
         # ALGO LOGIC: play whole episodes with the current weights
         evaluations = global_step // args.eval_frequency
-        for group, module in zip(optimizer.param_groups, agent.children()):
-            group["lr"] = args.learning_rate * (args.memory_lr_scale if module is agent.memory else 1)
+        optimizer.param_groups[0]["lr"] = args.learning_rate
         episodes = collect(envs, agent, partial(policy, greedy=False), (args.seed, 0, iteration))
         for episode in episodes:
             buffer.add(episode)
