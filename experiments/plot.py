@@ -459,7 +459,7 @@ def defaults(runs, folder, name="defaults", order="script", page="README.md"):
         {"script": f"`{script}.py`", "task": task, "memory": memory, "seeds": len(some)}
         | {"steps": f"{int(some[0]['total_timesteps']):,}", "random actions": TASKS[task][0]}
         | {"seconds": f"{np.mean([run['seconds'][-1] for run in some]):.0f}"}
-        | {"final return": over_tasks(SCORES["final return"], some)}
+        | {name: over_tasks(score, some) for name, score in SCORES.items()}
         for (script, task, memory), some in grouped(runs, "script", "task", "memory").items()
     ]
     write(sorted(table, key=lambda row: row[order]) if order else table, runs, folder, name, page=page)
