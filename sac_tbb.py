@@ -351,7 +351,7 @@ if __name__ == "__main__":
     while not finished:
         # ALGO LOGIC: play whole episodes with the current weights
         evaluations = global_step // args.eval_frequency
-        optimizer.param_groups[0]["lr"] = args.learning_rate
+        optimizer.param_groups[0]["lr"] = args.learning_rate  # a resumed run may have another
         episodes = collect(envs, agent, partial(policy, greedy=False), (args.seed, 0, iteration))
         for episode in episodes:
             buffer.add(episode)

@@ -5,8 +5,9 @@
 
 Reads experiments/results/NAME.csv (see sweep.py) and benchmarks/returns.csv. Writes experiments/figures/NAME*.png,
 prints every table as Markdown and puts it into experiments/README.md (sac, mujoco: sac.md; popgym: popgym.md, and ten
-rows into the README of the project) between `<!-- table: NAME -->` and `<!-- end -->`. An interval is the 95% percentile bootstrap interval
-of a mean over seeds; in a mean over tasks, seeds are resampled within each task. One seed has no interval.
+rows into the README of the project) between `<!-- table: NAME -->` and `<!-- end -->`. An interval is the 95%
+percentile bootstrap interval of a mean over seeds; in a mean over tasks, seeds are resampled within each task. One seed
+has no interval.
 """
 
 import argparse
