@@ -80,7 +80,7 @@ ONE_EACH = ["--num-minibatches", "16"]  # one episode in each minibatch of PPO
 FEW = ["--num-envs", "4", "--num-minibatches", "4"]  # likewise, but four times as many iterations
 FOUR_EACH = ["--num-envs", "64", "--num-minibatches", "16", "--learning-rate", "5e-4"]  # for longer runs
 FRESH = ["--num-envs", "1", "--train-frequency", "5"]  # episodes of 1,000 steps: the policy changes after each
-SHORT = ["--memory-kwargs", "horizon", "2", "num_layers", "1"]  # enough for velocities: see sac.md
+SHORT_MEMORY = ["--memory-kwargs", "horizon", "2", "num_layers", "1"]  # enough for velocities: see sac.md
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
 
 
@@ -169,7 +169,7 @@ EXPERIMENTS = {
         dict(script=[PPO], task=dict.fromkeys(PENDULUMS, 250_000), memory=["lru", "none"]),
     ],
     "mujoco": [
-        dict(script=[SAC], task=dict.fromkeys(MUJOCO, 100_000), memory=["lru"], flags=[*FRESH, *SHORT]),
+        dict(script=[SAC], task=dict.fromkeys(MUJOCO, 100_000), memory=["lru"], flags=[*FRESH, *SHORT_MEMORY]),
         dict(script=[SAC], task=dict.fromkeys([*MUJOCO, *FULL], 100_000), memory=["none"], flags=FRESH),
         dict(script=[SB3_SAC], task=dict.fromkeys(FULL, 100_000)),
         dict(script=[PPO], task=dict.fromkeys(MUJOCO, 1_000_000), memory=["lru", "none"]),
