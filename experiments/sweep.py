@@ -78,6 +78,7 @@ HALF = ["--d-model", "64"]  # hundreds of runs: half the width, a third of the t
 SMALL = [*HALF, "--learning-rate", "1e-3"]
 ONE_EACH = ["--num-minibatches", "16"]  # one episode in each minibatch of PPO
 FEW = ["--num-envs", "4", "--num-minibatches", "4"]  # likewise, but four times as many iterations
+MANY = ["--num-envs", "128"]  # where episodes have a handful of steps
 FOUR_EACH = ["--num-envs", "64", "--num-minibatches", "16", "--learning-rate", "5e-4"]  # for longer runs
 FRESH = ["--num-envs", "1", "--train-frequency", "5"]  # episodes of 1,000 steps: the policy changes after each
 SHORT_MEMORY = ["--memory-kwargs", "horizon", "2", "num_layers", "1"]  # enough for velocities: see sac.md
@@ -112,7 +113,7 @@ def popgym_ppo(steps, memory, answers):
     families = [
         (HIDDEN, []),
         (ANSWERS, ["--gamma", "0", *answers]),
-        (MINES, short),
+        (MINES, [*short, *MANY]),
         (BANDITS, ["--gamma", "0.5", *short, *FEW]),
         (GAMES, ["--gamma", "0.5", *short, *ONE_EACH]),
     ]
