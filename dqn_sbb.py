@@ -41,7 +41,7 @@ class Args:
     cuda: bool = True
     """whether to train on a GPU if there is one"""
     compile: bool = False
-    """compile the networks for updates, into CUDA graphs on a GPU; tapes are padded to multiples of 64 rows"""
+    """compile the networks for updates, into CUDA graphs on a GPU"""
     resume: str = ""
     """continue the run of this checkpoint in the directory where it lies; its arguments are the defaults"""
     evaluate: str = ""
@@ -71,7 +71,7 @@ class Args:
     batch_size: int = 500
     """transitions in a batch, padding included"""
     segment_length: int = 50
-    """transitions in a segment: neither memory nor gradient reaches further back"""
+    """transitions in a segment: neither memory nor gradient nor previous action reaches further back"""
     burn_in: int = 0
     """transitions at a segment's beginning that only warm up the state; segments overlap by them"""
     start_e: float = 1.0
@@ -389,6 +389,7 @@ if __name__ == "__main__":
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(f"{path}.tmp", path)
+                checkpoint = saved = None  # copies of all that is learned and stored
             except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
                 fail(f"{path}: {str(error).splitlines()[0]}; the checkpoint before it is unchanged")
 

@@ -287,7 +287,7 @@ class LRUCell(Cell):
         self.D = nn.Parameter(torch.zeros(d_model))
 
     def lift(self, x):
-        decay = torch.exp(torch.complex(-torch.exp(self.nu_log), self.theta))
+        decay = torch.exp(-torch.exp(self.nu_log) + 1j * self.theta)
         B = torch.exp(self.gamma_log)[:, None, None] * self.B
         return decay, torch.view_as_complex(F.linear(x, B.flatten(0, 1)).unflatten(-1, (-1, 2)))  # (N,), (T, B, N)
 
@@ -361,7 +361,7 @@ class FFMCell(Cell):
         self.output = nn.Linear(2 * num_traces * num_frequencies, d_model)
 
     def lift(self, x):
-        decay = torch.exp(torch.complex(*torch.broadcast_tensors(-self.alpha.abs()[:, None], self.omega)))  # (m, c)
+        decay = torch.exp(-self.alpha.abs()[:, None] + 1j * self.omega)  # (m, c)
         return decay, F.glu(self.input(x))[..., None].expand(*x.shape[:2], *self.state_shape).to(decay.dtype)
 
     def readout(self, h, x):
@@ -395,7 +395,7 @@ class LinearTransformerCell(Cell):
     def lift(self, x):
         k = torch.view_as_complex((F.elu(self.key(x)) + 1).unflatten(-1, (self.num_heads, -1, 2)))  # pairs
         v = F.pad(self.value(x).unflatten(-1, (self.num_heads, -1)), (0, 1), value=1.0)  # (T, B, heads, d_value + 1)
-        return torch.polar(torch.ones_like(self.omega), -self.omega), k[..., :, None] * v[..., None, :]
+        return torch.exp(-1j * self.omega), k[..., :, None] * v[..., None, :]
 
     def readout(self, h, x):
         q = (F.elu(self.query(x)) + 1).unflatten(-1, (self.num_heads, 1, -1))  # (T, B, heads, 1, d_key)
@@ -496,9 +496,11 @@ CELLS = {"lru": LRUCell, "s5": S5Cell, "ffm": FFMCell, "linear_transformer": Lin
 CELLS |= {"mingru": MinGRUCell, "gru": GRUCell}
 
 
-def make_memory(names, d_model, num_layers=2, **sizes):
-    """num_layers layers of a single name, or one layer of each of several; names: a list of keys of MEMORIES."""
-    names = names * num_layers if len(names) == 1 else names
+def make_memory(names, d_model, num_layers=None, **sizes):
+    """num_layers (2) layers of a single name, or one layer of each of several; names: a list of keys of MEMORIES."""
+    if num_layers is not None and (num_layers < 1 or len(names) > 1):
+        raise ValueError("num_layers: at least 1, and of a single memory")
+    names = names * (num_layers or 2) if len(names) == 1 else names
     return Memory(d_model, [CELLS[name](d_model, **sizes) for name in names if name != "none"])
 
 

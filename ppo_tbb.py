@@ -41,7 +41,7 @@ class Args:
     cuda: bool = True
     """whether to train on a GPU if there is one"""
     compile: bool = False
-    """compile the networks for updates, into CUDA graphs on a GPU; tapes are padded to multiples of 64 rows"""
+    """compile the networks for updates, into CUDA graphs on a GPU"""
     resume: str = ""
     """continue the run of this checkpoint in the directory where it lies; its arguments are the defaults"""
     evaluate: str = ""
@@ -129,11 +129,11 @@ def make_envs(args, num_envs, video=False):
             raise ValueError(f"observations do not flatten to a Box: {space}")
         env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
         space = env.action_space
-        if isinstance(space, spaces.Box):
+        if isinstance(space, spaces.Box) and space.dtype.kind == "f":
             decode = lambda action: np.clip(action.reshape(space.shape), space.low, space.high)
             return gym.wrappers.TransformAction(env, decode, spaces.Box(-np.inf, np.inf, (space.low.size,)))
         if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
-            raise ValueError(f"PPO takes Box, Discrete or MultiDiscrete actions, not {space}")
+            raise ValueError(f"PPO takes Discrete, MultiDiscrete or Box actions of floats, not {space}")
         nvec = np.ravel(space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n)
         decode = lambda action: np.reshape(action, space.shape) + space.start
         return gym.wrappers.TransformAction(env, decode, spaces.MultiDiscrete(nvec))
@@ -389,6 +389,7 @@ if __name__ == "__main__":
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(f"{path}.tmp", path)
+                checkpoint = saved = None  # copies of all that is learned and stored
             except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
                 fail(f"{path}: {str(error).splitlines()[0]}; the checkpoint before it is unchanged")
 

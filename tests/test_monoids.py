@@ -576,6 +576,9 @@ def test_make_memory():
             assert_close(parameters(make_memory, [name], D), parameters(make, D), rtol=0, atol=0)
         assert len(MEMORIES[name](D, num_layers=3, **SIZES[name]).cells) == 3
     assert kinds("none") == kinds("none", "none") == []
+    for names, num_layers in [(["lru"], 0), (["lru", "mingru"], 2)]:
+        with pytest.raises(ValueError, match="num_layers"):
+            make_memory(names, D, num_layers=num_layers)
     assert kinds("lru", "mingru", "lru") == [monoids.LRUCell, monoids.MinGRUCell, monoids.LRUCell]
     with pytest.raises(KeyError):
         make_memory(["lru", "lsd"], D)

@@ -210,7 +210,10 @@ def test_actions_are_scaled_to_the_bounds(space):
     np.testing.assert_array_equal(e.action, np.repeat([[-1], [0.5], [1], [0]], size, 1))
 
 
-@pytest.mark.parametrize("space", [Box(-np.inf, np.inf, (2,)), Box(0, np.float32([1, np.inf]))], ids=str)
+UNFIT = [Box(-np.inf, np.inf, (2,)), Box(0, np.float32([1, np.inf])), Box(-3e38, 3e38, (2,))]
+
+
+@pytest.mark.parametrize("space", UNFIT, ids=str)
 def test_unbounded_actions_are_refused(space, play, monkeypatch):
     monkeypatch.setattr(helpers.ContinuousLengths, "action_space", space)
     assert_refused(play(sac_tbb, *flags(sac_tbb)), "SAC takes bounded Box actions", str(space))

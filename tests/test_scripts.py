@@ -179,6 +179,7 @@ def test_box_actions_are_clipped_only_for_the_environment():
 
 REFUSED = [("observation_space", space) for space in (Text(5), Dict(a=Text(5)), Graph(Box(0, 1), None))]
 REFUSED += [("observation_space", Sequence(Discrete(2))), ("action_space", MultiBinary(3))]
+REFUSED += [("action_space", Box(0, 9, (2,), np.uint8))]
 REFUSED += [("action_space", Tuple((Discrete(2), Discrete(3))))]
 
 
