@@ -77,7 +77,7 @@ FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer 
 HALF = ["--d-model", "64"]  # hundreds of runs: half the width, a third of the time
 SMALL = [*HALF, "--learning-rate", "1e-3"]
 ONE_EACH = ["--num-minibatches", "16"]  # one episode in each minibatch of PPO
-FEW = ["--num-envs", "4", "--num-minibatches", "4"]  # likewise, but four times as many iterations
+FEW = ["--num-envs", "4", "--num-minibatches", "4"]  # likewise, but four times as many iterations: long episodes
 MANY = ["--num-envs", "128"]  # where episodes have a handful of steps
 FOUR_EACH = ["--num-envs", "64", "--num-minibatches", "16", "--learning-rate", "5e-4"]  # for longer runs
 FRESH = ["--num-envs", "1", "--train-frequency", "5"]  # episodes of 1,000 steps: the policy changes after each
@@ -173,7 +173,7 @@ EXPERIMENTS = {
         dict(script=[SAC], task=dict.fromkeys(MUJOCO, 100_000), memory=["lru"], flags=[*FRESH, *SHORT_MEMORY]),
         dict(script=[SAC], task=dict.fromkeys([*MUJOCO, *FULL], 100_000), memory=["none"], flags=FRESH),
         dict(script=[SB3_SAC], task=dict.fromkeys(FULL, 100_000)),
-        dict(script=[PPO], task=dict.fromkeys(MUJOCO, 1_000_000), memory=["lru", "none"]),
+        dict(script=[PPO], task=dict.fromkeys(MUJOCO, 250_000), memory=["lru", "none"], flags=FEW),
     ],
 }
 EVALUATIONS = 10  # in a run
