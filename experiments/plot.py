@@ -62,7 +62,7 @@ SCORES = {  # of a run
 }
 LINES = [("black", "-", "o"), ("#cc5500", "--", "s"), ("#0072b2", "-.", "^"), ("#009e73", ":", "D")]
 LINES += [("#888888", (0, (6, 1)), "v"), ("#aa4499", (0, (1, 1)), "P")]
-LINES += [("#d4a000", "-", "X"), ("#66bbee", "--", "*")]
+LINES += [("#d4a000", "-", "X"), ("#66bbee", "--", "*"), ("#661100", "-.", "p")]
 BARS = [("black", ""), ("#bbbbbb", "//"), ("white", ".."), ("#777777", "xx"), ("white", "\\\\"), ("white", "")]
 BARS += [("#777777", ""), ("#bbbbbb", "++")]
 SPREAD = "mean and 95% bootstrap interval"
@@ -533,7 +533,8 @@ def aggregate(runs, labels, folder):
         series[name].append(value or (np.nan, np.nan, np.nan))
         table.append({"method": name, "tasks": group, "value": value})
     figure, axes = panels(1, 1, 3 * len(shared) + 2, 3.5)
-    draw_bars(axes[0, 0], shared, series)
+    known = {name: bars for name, bars in series.items() if not np.isnan(bars).all()}
+    draw_bars(axes[0, 0], shared, known or series)
     axes[0, 0].set_ylabel("normalised return (0: random actions)")
     title = f"Interquartile mean over tasks and seeds, and 95% bootstrap interval\n{seeds(even)}"
     save(figure, title, folder, "popgym", axes[0, 0])
