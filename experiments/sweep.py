@@ -159,8 +159,8 @@ EXPERIMENTS = {
     ],
     "popgym": [
         *popgym_ppo(250_000, ["none", "lru", "mingru", "lru mingru"], ONE_EACH),
-        *popgym_ppo(1_000_000, ["lru mingru"], FOUR_EACH),
-        dict(script=[PPO], task=dict.fromkeys(ANSWERS, 1_000_000), memory=["lru", "lru lru mingru"])
+        *popgym_ppo(1_000_000, ["lru mingru", "lru lru mingru"], FOUR_EACH),
+        dict(script=[PPO], task=dict.fromkeys(ANSWERS, 1_000_000), memory=["lru"])
         | dict(flags=["--gamma", "0", *FOUR_EACH]),
         dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
         dict(script=[RECURRENT_PPO], task=dict.fromkeys([*MORE_TASKS, *EASY_GAMES, *CONTROL], 250_000)),
