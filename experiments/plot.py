@@ -480,7 +480,10 @@ def mujoco(runs, folder):
 
 
 def popgym(runs, folder):
-    """All tasks, played or not, beside the best published return; `difference` is that to it of the best of ours."""
+    """All tasks, played or not, beside the best published return; `difference` is that to it of the best of ours.
+
+    The memories that repeat one cell have a table of their own.
+    """
     label = lambda run: f"{run['script']}, {run['memory']}, {int(run['total_timesteps']):,} steps"
     level = lambda run: dict(zip(("family", "level"), re.fullmatch("(.+)(Easy|Medium|Hard)", run["task"]).groups()))
     order = lambda run: (list(METHODS).index(run["script"]), list(MEMORIES.values()).index(run["memory"]))
@@ -504,10 +507,14 @@ def popgym(runs, folder):
             if ours := [row[name][0] for name in labels if row[name] and not name.startswith("recurrent_ppo")]:
                 row["difference"] = max(ours) - float(best["return"])
         table.append(row)
-    write(table, runs, folder, "popgym", page="popgym.md")
-    columns = ["task", "random actions", *labels, "best published"]
+    one_cell = [name for name in labels if re.search(", (LRU|minGRU),", name)]
+    others = [{column: x for column, x in row.items() if column not in one_cell} for row in table]
+    write(others, [run for run in runs if run["label"] not in one_cell], folder, "popgym", page="popgym.md")
+    own = [{column: row[column] for column in ("task", *one_cell)} for row in table]
+    write(own, [run for run in runs if run["label"] in one_cell], folder, "popgym_one_cell", page="popgym.md")
+    columns = [column for column in others[0] if column not in ("by", "after steps", "difference")]
     short = lambda x: x[:3] if isinstance(x, tuple) else x  # without the seconds
-    ten = [{column: short(row.get(column, "")) for column in columns} for row in table if row["task"] in IN_README]
+    ten = [{column: short(row.get(column, "")) for column in columns} for row in others if row["task"] in IN_README]
     write(ten, runs, folder, "popgym_ten", page="../README.md")
     aggregate(runs, labels, folder)
 

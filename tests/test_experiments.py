@@ -394,13 +394,16 @@ def test_popgym_tables_of_invented_runs(sweep, tmp_path):
                 steps = [columns | dict(step=1000 * k, seconds=25 * k, eval_return=x * (k - 1)) for k in (1, 2)]
                 sweep.append(file, steps)
     page = tmp_path / "popgym.md"
-    page.write_text("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in ("popgym", "popgym_aggregate")))
+    names = ("popgym", "popgym_one_cell", "popgym_aggregate")
+    page.write_text("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in names))
     plot.popgym(plot.runs_of(plot.read(tmp_path / "popgym.csv")), tmp_path)
     tables = []
-    for table in page.read_text().split("<!-- end -->")[:2]:
+    for table in page.read_text().split("<!-- end -->")[: len(names)]:
         header, _, *rows = ([x.strip() for x in line[1:-1].split("|")] for line in table.split("\n") if "|" in line)
         tables.append({row[0]: dict(zip(header, row)) for row in rows})
-    tasks, means = tables
+    stacks, one_cell, means = tables
+    assert "ppo_tbb, LRU, 2,000 steps" not in stacks["RepeatPreviousEasy"]
+    tasks = {task: one_cell[task] | stacks[task] for task in stacks}
     memories = ["ppo_tbb, LRU", "ppo_tbb, none", "dqn_tbb, LRU + minGRU", "recurrent_ppo, LSTM"]
     cell = lambda row, name: row[f"{name}, 2,000 steps"]
     assert list(tasks) == list(plot.POPGYM)
