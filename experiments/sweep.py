@@ -158,7 +158,7 @@ EXPERIMENTS = {
         dict(script=[PPO], task=dict.fromkeys(["RepeatPreviousEasy", *CONTROL], 250_000), memory=["lru", "none"]),
     ],
     "popgym": [
-        *popgym_ppo(250_000, ["none", "lru", "mingru", "lru mingru"], ONE_EACH),
+        *popgym_ppo(250_000, ["none", "lru", "mingru", "lru mingru", "lru lru mingru"], ONE_EACH),
         *popgym_ppo(1_000_000, ["lru mingru", "lru lru mingru"], FOUR_EACH),
         dict(script=[PPO], task=dict.fromkeys(ANSWERS, 1_000_000), memory=["lru"])
         | dict(flags=["--gamma", "0", *FOUR_EACH]),
