@@ -520,7 +520,7 @@ def popgym(runs, folder):
 
 
 def aggregate(runs, labels, folder):
-    """Interquartile means over the tasks that a script has played with any memory, for all that has played these."""
+    """Interquartile means over the most tasks a script has played with one memory, for all that has played these."""
     even = []  # of seeds with which a method has played all its tasks, so that no task weighs more than others
     for some in grouped(runs, "label").values():
         played = [set(unique(own, "seed")) for own in grouped(some, "task").values()]
@@ -529,7 +529,7 @@ def aggregate(runs, labels, folder):
     tasks |= {name: set(unique(some, "task")) for (name,), some in grouped(even, "label").items()}
     shared, series, table = {}, {name: [] for name in labels}, []
     for (script, steps), some in grouped(even, "script", "total_timesteps").items():
-        common = set(unique(some, "task"))
+        common = max((tasks[name] for name in unique(some, "label")), key=len)
         shared[f"{len(common)} tasks of {script}, {int(steps):,} steps"] = common
     if not shared:
         return
