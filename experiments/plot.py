@@ -54,6 +54,8 @@ VARIANTS |= {"no_previous_action": ", no previous action", "burn_in": ", burn-in
 IN_README = ["RepeatPreviousMedium", "RepeatPreviousHard", "RepeatFirstMedium", "CountRecallEasy", "HigherLowerEasy"]
 IN_README += ["MultiarmedBanditEasy", "PositionOnlyCartPoleHard", "NoisyPositionOnlyCartPoleEasy", "AutoencodeEasy"]
 IN_README += ["PositionOnlyPendulumEasy"]
+NOT_IN_README = ["ppo_tbb, LRU + minGRU, 1,000,000 steps", "ppo_tbb, 2 LRU + minGRU, 250,000 steps"]
+NOT_IN_README += ["by", "after steps", "difference"]
 
 SERIES = ["step", "seconds", "eval_return", "padding"]  # columns with a number an evaluation
 SCORES = {  # of a run
@@ -512,7 +514,7 @@ def popgym(runs, folder):
     write(others, [run for run in runs if run["label"] not in one_cell], folder, "popgym", page="popgym.md")
     own = [{column: row[column] for column in ("task", *one_cell)} for row in table]
     write(own, [run for run in runs if run["label"] in one_cell], folder, "popgym_one_cell", page="popgym.md")
-    columns = [column for column in others[0] if column not in ("by", "after steps", "difference")]
+    columns = [column for column in others[0] if column not in NOT_IN_README]
     short = lambda x: x[:3] if isinstance(x, tuple) else x  # without the seconds
     ten = [{column: short(row.get(column, "")) for column in columns} for row in others if row["task"] in IN_README]
     write(ten, runs, folder, "popgym_ten", page="../README.md")
