@@ -511,9 +511,9 @@ def popgym(runs, folder):
         table.append(row)
     one_cell = [name for name in labels if re.search(", (LRU|minGRU),", name)]
     others = [{column: x for column, x in row.items() if column not in one_cell} for row in table]
-    write(others, [run for run in runs if run["label"] not in one_cell], folder, "popgym", page="popgym.md")
+    write(others, runs, folder, "popgym", page="popgym.md")
     own = [{column: row[column] for column in ("task", *one_cell)} for row in table]
-    write(own, [run for run in runs if run["label"] in one_cell], folder, "popgym_one_cell", page="popgym.md")
+    write(own, runs, folder, "popgym_one_cell", page="popgym.md")
     columns = [column for column in others[0] if column not in NOT_IN_README]
     short = lambda x: x[:3] if isinstance(x, tuple) else x  # without the seconds
     ten = [{column: short(row.get(column, "")) for column in columns} for row in others if row["task"] in IN_README]

@@ -361,7 +361,7 @@ def test_every_experiment_gives_its_figures_and_tables(sweep, smoke):
     }
     assert {path.stem for path in (smoke.parent / "figures").iterdir()} == names
     tables = [x.split("<!-- end -->")[0] for page in pages for x in page.read_text().split("<!-- table: ")[1:]]
-    assert len(tables) == 17 and all(table.count("\n|") > 2 for table in tables)
+    assert len(tables) == 18 and all(table.count("\n|") > 2 for table in tables)
 
 
 def test_popgym_plays_every_task_seed_by_seed(sweep):
