@@ -182,14 +182,14 @@ def panels(rows, columns, width, height, **kwargs):
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **kwargs)
 
 
-def save(figure, title, folder, name, legend):
-    """legend: the Axes whose labels are explained below the figure."""
+def save(figure, title, folder, name):
+    """Below the figure stands a legend of all its labels."""
     width = figure.get_figwidth()
     title = "\n".join(textwrap.fill(line, int(14 * width)) for line in title.split("\n"))
     figure.suptitle(title, fontsize=10)
-    handles, labels = legend.get_legend_handles_labels()
+    labels = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels())}
     columns = min(len(labels), max(1, int(width / max(1.6, 0.5 + 0.065 * max(map(len, labels))))))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=columns, fontsize=8)
     (folder / "figures").mkdir(exist_ok=True)
     figure.savefig(path := folder / "figures" / f"{name}.png", dpi=130)
     plt.close(figure)
@@ -247,14 +247,14 @@ def curves(runs, axis, xlabel, label, columns="task", rows=None):
         ax.grid(alpha=0.3)
     for row in axes:
         row[0].set_ylabel("evaluation return")
-    return figure, max(axes.flat, key=lambda ax: len(ax.lines))
+    return figure
 
 
 def sample_efficiency(runs, folder):
     """Best and worst segment length are those of the mean over tasks, selected with knowledge of the results."""
-    figure, legend = curves(runs, "step", "environment steps", "method", columns="memory", rows="task")
+    figure = curves(runs, "step", "environment steps", "method", columns="memory", rows="task")
     title = f"Return of greedy episodes\n{SPREAD}, {seeds(runs)}"
-    save(figure, title, folder, "sample_efficiency_curves", legend)
+    save(figure, title, folder, "sample_efficiency_curves")
     figure, axes = panels(1, len(SCORES), 5.5, 3.5, sharey=True)
     table = []
     for ax, name in zip(axes[0], SCORES):
@@ -270,7 +270,7 @@ def sample_efficiency(runs, folder):
         ax.set_title(name, fontsize=9)
     axes[0, 0].set_ylabel("normalised return (0: random actions)")
     title = f"Mean over {', '.join(unique(runs, 'task'))}\n{SPREAD}, {seeds(runs)}"
-    save(figure, title, folder, "sample_efficiency", axes[0, 0])
+    save(figure, title, folder, "sample_efficiency")
     write(table, runs, folder, "sample_efficiency", across="batches")
     table = [
         {"task": task, "memory": memory, "method": m, "value": over_tasks(SCORES["final return"], some)}
@@ -319,7 +319,7 @@ def sensitivity(runs, folder):
                 ax.axvline(L - 0.5, color="black" if ax is row[-1] else "white", linestyle="--", linewidth=1)
         title = f"{task}: norm of dQ(s_n, a_n) / do_i by age n - i; dashed line: segment length of SBB\n"
         title += f"heat maps: mean over {seeds(of_task)}; right: {SPREAD}"
-        save(figure, title, folder, f"sensitivity_{task}", axes[0, -1])
+        save(figure, title, folder, f"sensitivity_{task}")
     write(table, runs, folder, "sensitivity", across="method")
 
 
@@ -365,15 +365,15 @@ def padding(runs, folder):
     axes[2, 0].axhline(1, color="black", linewidth=0.8)
     title = f"Padding during training: {SPREAD} over memories and {seeds(runs)}"
     title += "\nbelow: how it changes statistics over a batch of observations, from 64 random episodes"
-    save(figure, title, folder, "padding", axes[0, 0])
+    save(figure, title, folder, "padding")
     write(table, runs, folder, "padding", across="method")
 
 
 def wall_clock(runs, folder):
     runs = [run | {"label": f"{run['method']}, {run['memory']}"} for run in runs]
-    figure, legend = curves(runs, "seconds", "wall-clock time (s)", "label")
+    figure = curves(runs, "seconds", "wall-clock time (s)", "label")
     title = f"Return of greedy episodes against wall-clock time, one thread per run\n{SPREAD}, {seeds(runs)}"
-    save(figure, title, folder, "wall_clock", legend)
+    save(figure, title, folder, "wall_clock")
     table = [
         {"task": task, "method": method, "memory": memory}
         | {"seconds": interval(np.array([run["seconds"][-1] for run in some]))}
@@ -385,9 +385,9 @@ def wall_clock(runs, folder):
 
 def recall(runs, folder):
     runs = [run | {"label": f"{run['method']}, {run['memory']}"} for run in runs]
-    figure, legend = curves(runs, "step", "environment steps", "label")
+    figure = curves(runs, "step", "environment steps", "label")
     title = f"Recall over 32 (Medium) and 64 (Hard) time steps\n{SPREAD}, {seeds(runs)}"
-    save(figure, title, folder, "recall", legend)
+    save(figure, title, folder, "recall")
     table = [
         {"task": task, "method": label, "seeds": len(some), "steps": f"{int(some[0]['step'][-1]):,}"}
         | {"final return": over_tasks(SCORES["final return"], some)}
@@ -421,7 +421,7 @@ def compare(runs, folder, name, column, title):
         ax.grid(axis="x", alpha=0.3)
     axes[0, 0].set_yticks(range(len(labels)), labels)
     axes[0, 0].invert_yaxis()
-    save(figure, f"{title}\n{SPREAD}, {seeds(runs)}", folder, name, axes[0, 0])
+    save(figure, f"{title}\n{SPREAD}, {seeds(runs)}", folder, name)
     write(table, runs, folder, name, across="task")
 
 
@@ -469,15 +469,28 @@ def defaults(runs, folder, name="defaults", order="script", page="README.md"):
     write(sorted(table, key=lambda row: row[order]) if order else table, runs, folder, name, page=page)
 
 
+def families(runs, names):
+    """Runs with their task's name cut in two, PositionOnlyPendulum and Easy; names: of the second part."""
+    split = lambda run: re.fullmatch(f"(.+)({names})", run["task"]).groups()
+    return [run | dict(zip(("family", "level"), split(run))) for run in runs]
+
+
+def family_curves(runs, folder, name):
+    figure = curves(runs, "step", "environment steps", "label", columns="level", rows="family")
+    save(figure, f"Return of greedy episodes\n{SPREAD}, {seeds(runs)}", folder, f"{name}_curves")
+
+
 def sac(runs, folder):
-    runs = [run | {"memory": run["memory"] + VARIANTS[run["variant"]]} for run in runs]
+    runs = [run | {"memory": run["memory"] + VARIANTS[run["variant"]]} for run in families(runs, "Easy|Medium|Hard")]
+    family_curves([run | {"label": f"{run['method']}, {run['memory']}"} for run in runs], folder, "sac")
     defaults(runs, folder, "sac", order=None, page="sac.md")
 
 
 def mujoco(runs, folder):
     """Stable-Baselines3's SAC has no memory."""
     name = lambda run: "none" if run["script"] == "sb3_sac" else run["memory"]
-    runs = [run | {"memory": name(run)} for run in runs]
+    runs = [run | {"memory": name(run)} for run in families(runs, "Positions|Velocities|Full")]
+    family_curves([run | {"label": f"{run['method']}, {run['memory']}"} for run in runs], folder, "mujoco")
     defaults(runs, folder, "mujoco", order=None, page="sac.md")
 
 
@@ -487,12 +500,10 @@ def popgym(runs, folder):
     The memories that repeat one cell have a table of their own.
     """
     label = lambda run: f"{run['script']}, {run['memory']}, {int(run['total_timesteps']):,} steps"
-    level = lambda run: dict(zip(("family", "level"), re.fullmatch("(.+)(Easy|Medium|Hard)", run["task"]).groups()))
     order = lambda run: (list(METHODS).index(run["script"]), list(MEMORIES.values()).index(run["memory"]))
-    runs = [run | level(run) | {"label": label(run)} for run in runs]
+    runs = [run | {"label": label(run)} for run in families(runs, "Easy|Medium|Hard")]
     labels = unique(sorted(runs, key=order), "label")
-    figure, legend = curves(runs, "step", "environment steps", "label", columns="level", rows="family")
-    save(figure, f"Return of greedy episodes\n{SPREAD}, {seeds(runs)}", folder, "popgym_curves", legend)
+    family_curves(runs, folder, "popgym")
 
     by_return = sorted(read(ROOT / "experiments" / "popgym_published.csv"), key=lambda row: float(row["return"]))
     published = {row["task"]: row for row in by_return}  # the best comes last
@@ -546,7 +557,7 @@ def aggregate(runs, labels, folder):
     draw_bars(axes[0, 0], shared, known or series)
     axes[0, 0].set_ylabel("normalised return (0: random actions)")
     title = f"Interquartile mean over tasks and seeds, and 95% bootstrap interval\n{seeds(even)}"
-    save(figure, title, folder, "popgym", axes[0, 0])
+    save(figure, title, folder, "popgym")
     write(table, even, folder, "popgym_aggregate", across="tasks", page="popgym.md")
 
 
@@ -567,7 +578,7 @@ def returns(rows, folder):
     for row in axes:
         row[0].set_ylabel("milliseconds")
     title = f"Discounted returns and advantages of a whole tape\n{last_line['what']}"
-    save(figure, title, folder, "returns", axes[0, 0])
+    save(figure, title, folder, "returns")
 
 
 EXPERIMENTS = [sample_efficiency, sensitivity, padding, wall_clock, returns, recall, ablations, memories, defaults]

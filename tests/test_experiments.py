@@ -350,15 +350,9 @@ def test_every_experiment_gives_its_figures_and_tables(sweep, smoke):
     for page in pages:  # without their tables
         page.write_text(re.sub("(<!-- table: .*?-->\n).*?(<!-- end -->)", r"\1\2", page.read_text(), flags=re.DOTALL))
     subprocess.run([sys.executable, SWEEP.with_name("plot.py"), "--results", smoke], check=True, capture_output=True)
-    names = {"sample_efficiency", "sample_efficiency_curves", "padding", "wall_clock", "returns", "recall"}
-    names |= {
-        "ablations",
-        "memories_dqn_tbb",
-        "memories_ppo_tbb",
-        "popgym",
-        "popgym_curves",
-        *(f"sensitivity_{run.task}" for run in sweep.runs_of("sensitivity", [1], smoke=True)),
-    }
+    names = {"sample_efficiency", "sample_efficiency_curves", "padding", "wall_clock", "returns", "recall", "ablations"}
+    names |= {"memories_dqn_tbb", "memories_ppo_tbb", "popgym", "popgym_curves", "sac_curves", "mujoco_curves"}
+    names |= {f"sensitivity_{run.task}" for run in sweep.runs_of("sensitivity", [1], smoke=True)}
     assert {path.stem for path in (smoke.parent / "figures").iterdir()} == names
     tables = [x.split("<!-- end -->")[0] for page in pages for x in page.read_text().split("<!-- table: ")[1:]]
     assert len(tables) == 18 and all(table.count("\n|") > 2 for table in tables)
