@@ -100,6 +100,10 @@ def grouped(runs, *names):
     return groups
 
 
+def labelled(runs):
+    return [run | {"label": f"{run['method']}, {run['memory']}"} for run in runs]
+
+
 def unique(runs, name):
     return list(dict.fromkeys(run[name] for run in runs))
 
@@ -370,7 +374,7 @@ def padding(runs, folder):
 
 
 def wall_clock(runs, folder):
-    runs = [run | {"label": f"{run['method']}, {run['memory']}"} for run in runs]
+    runs = labelled(runs)
     figure = curves(runs, "seconds", "wall-clock time (s)", "label")
     title = f"Return of greedy episodes against wall-clock time, one thread per run\n{SPREAD}, {seeds(runs)}"
     save(figure, title, folder, "wall_clock")
@@ -384,7 +388,7 @@ def wall_clock(runs, folder):
 
 
 def recall(runs, folder):
-    runs = [run | {"label": f"{run['method']}, {run['memory']}"} for run in runs]
+    runs = labelled(runs)
     figure = curves(runs, "step", "environment steps", "label")
     title = f"Recall over 32 (Medium) and 64 (Hard) time steps\n{SPREAD}, {seeds(runs)}"
     save(figure, title, folder, "recall")
@@ -482,7 +486,7 @@ def family_curves(runs, folder, name):
 
 def sac(runs, folder):
     runs = [run | {"memory": run["memory"] + VARIANTS[run["variant"]]} for run in families(runs, "Easy|Medium|Hard")]
-    family_curves([run | {"label": f"{run['method']}, {run['memory']}"} for run in runs], folder, "sac")
+    family_curves(labelled(runs), folder, "sac")
     defaults(runs, folder, "sac", order=None, page="sac.md")
 
 
@@ -490,7 +494,7 @@ def mujoco(runs, folder):
     """Stable-Baselines3's SAC has no memory."""
     name = lambda run: "none" if run["script"] == "sb3_sac" else run["memory"]
     runs = [run | {"memory": name(run)} for run in families(runs, "Positions|Velocities|Full")]
-    family_curves([run | {"label": f"{run['method']}, {run['memory']}"} for run in runs], folder, "mujoco")
+    family_curves(labelled(runs), folder, "mujoco")
     defaults(runs, folder, "mujoco", order=None, page="sac.md")
 
 
