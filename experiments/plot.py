@@ -473,19 +473,16 @@ def defaults(runs, folder, name="defaults", order="script", page="README.md"):
     write(sorted(table, key=lambda row: row[order]) if order else table, runs, folder, name, page=page)
 
 
-def families(runs, names):
-    """Runs with their task's name cut in two, PositionOnlyPendulum and Easy; names: of the second part."""
-    split = lambda run: re.fullmatch(f"(.+)({names})", run["task"]).groups()
-    return [run | dict(zip(("family", "level"), split(run))) for run in runs]
-
-
-def family_curves(runs, folder, name):
+def family_curves(runs, folder, name, levels="Easy|Medium|Hard"):
+    """A row of panels for each family of tasks, a column for each level: tasks are named PositionOnlyPendulumEasy."""
+    split = lambda run: re.fullmatch(f"(.+)({levels})", run["task"]).groups()
+    runs = [run | dict(zip(("family", "level"), split(run))) for run in runs]
     figure = curves(runs, "step", "environment steps", "label", columns="level", rows="family")
     save(figure, f"Return of greedy episodes\n{SPREAD}, {seeds(runs)}", folder, f"{name}_curves")
 
 
 def sac(runs, folder):
-    runs = [run | {"memory": run["memory"] + VARIANTS[run["variant"]]} for run in families(runs, "Easy|Medium|Hard")]
+    runs = [run | {"memory": run["memory"] + VARIANTS[run["variant"]]} for run in runs]
     family_curves(labelled(runs), folder, "sac")
     defaults(runs, folder, "sac", order=None, page="sac.md")
 
@@ -493,8 +490,8 @@ def sac(runs, folder):
 def mujoco(runs, folder):
     """Stable-Baselines3's SAC has no memory."""
     name = lambda run: "none" if run["script"] == "sb3_sac" else run["memory"]
-    runs = [run | {"memory": name(run)} for run in families(runs, "Positions|Velocities|Full")]
-    family_curves(labelled(runs), folder, "mujoco")
+    runs = [run | {"memory": name(run)} for run in runs]
+    family_curves(labelled(runs), folder, "mujoco", levels="Positions|Velocities|Full")
     defaults(runs, folder, "mujoco", order=None, page="sac.md")
 
 
@@ -505,7 +502,7 @@ def popgym(runs, folder):
     """
     label = lambda run: f"{run['script']}, {run['memory']}, {int(run['total_timesteps']):,} steps"
     order = lambda run: (list(METHODS).index(run["script"]), list(MEMORIES.values()).index(run["memory"]))
-    runs = [run | {"label": label(run)} for run in families(runs, "Easy|Medium|Hard")]
+    runs = [run | {"label": label(run)} for run in runs]
     labels = unique(sorted(runs, key=order), "label")
     family_curves(runs, folder, "popgym")
 
