@@ -347,28 +347,28 @@ def outcome(play):
         return error
 
 
-def here(runs, jobs):
-    """Plays runs on this machine, `jobs` at a time. Yields (run, rows or exception), whichever is finished."""
-    processes, futures = [], {}
+def here(runs, jobs, signals):
+    """Plays runs on this machine, `jobs` at a time. Yields (run, rows or exception), whichever is finished.
+
+    Ends within a second when there is something in `signals`: then nothing more is started, and what runs is killed.
+    """
+    processes = []
     with ThreadPoolExecutor(jobs) as pool:
-        try:  # from the first submission on: an interrupt may come before the last
-            for run in runs:
-                futures[pool.submit(play, run, ROOT, processes)] = run
-            waiting = futures
-            while waiting:  # a signal just before a wait does not interrupt it: none is longer than a second
+        waiting = futures = {pool.submit(play, run, ROOT, processes): run for run in runs}
+        try:
+            while waiting and not signals:
                 ended, waiting = wait(waiting, 1, FIRST_COMPLETED)
                 for future in ended:
                     yield futures[future], outcome(future.result)
-        finally:  # after an interrupt nothing more is started, and what runs is killed
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            # an interrupt within submit() leaves a run that has begun, but whose future is unknown
-            while not all(future.done() for future in futures) or any(p.poll() is None for p in processes):
+            while not all(future.done() for future in futures):
                 for process in processes:
                     process.kill()
                 time.sleep(0.1)
 
 
-def on_ray(runs, address):
+def on_ray(runs, address, signals):
     """The same on a Ray cluster, whose workers get the repository and need the packages."""
     import ray
 
@@ -377,9 +377,10 @@ def on_ray(runs, address):
     task = ray.remote(num_cpus=1)(play)
     waiting = {task.remote(run, ".", []): run for run in runs}
     try:
-        while waiting:
-            (done,), _ = ray.wait(list(waiting))
-            yield waiting.pop(done), outcome(lambda: ray.get(done))
+        while waiting and not signals:
+            ended, _ = ray.wait(list(waiting), timeout=1)
+            for future in ended:
+                yield waiting.pop(future), outcome(lambda: ray.get(future))
     finally:
         ray.shutdown()
 
@@ -413,9 +414,10 @@ def main():
                     append(file, played[run.key])
             else:
                 paths.setdefault(run, []).append(path)
-    failures = []
-    results = on_ray(paths, args.ray) if args.ray else here(paths, args.jobs)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    failures, signals = [], []
+    for number in (signal.SIGINT, signal.SIGTERM):  # no exceptions: one within wait() leaves locks taken
+        signal.signal(number, lambda number, _: signals.append(number))
+    results = on_ray(paths, args.ray, signals) if args.ray else here(paths, args.jobs, signals)
     steps = sum(run.total_timesteps for run in paths)
     with contextlib.closing(results), tqdm(total=steps, unit="step", unit_scale=True, smoothing=0) as bar:
         for run, rows in results:
@@ -427,13 +429,13 @@ def main():
                     with open(path, "a", newline="") as file:
                         append(file, rows)
             bar.update(run.total_timesteps)
+    if signals:
+        print("stopped; what had finished is kept, the same command goes on", file=sys.stderr)
+        sys.exit(128 + signals[0])
     print(f"{len(paths) - len(failures)} runs finished, results in {folder}")
     if failures:
         sys.exit("\n".join([f"{len(failures)} failed:", *failures]))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; what had finished is kept, the same command goes on")
+    main()
