@@ -3,7 +3,7 @@
     python dqn_sbb.py --env-id popgym-RepeatPreviousEasy-v0 --memory lru --segment-length 50
 
 This is how recurrent RL is usually trained: episodes are cut to segments of a fixed length, zero-padded and masked. The
-memory starts each from its initial state, and gradients end at its edges. `diff dqn_tbb.py dqn_sbb.py` is about this.
+memory starts each from its initial state, and gradients end at its edges. `diff dqn_tbb.py dqn_sbb.py` shows it.
 A *row* is one time step; *start* marks an episode's first. An episode of n transitions is n + 1 rows, the last of which
 holds the final observation, so the next row is always the next state: terminal, truncated or neither.
 Source: "Revisiting Recurrent Reinforcement Learning with Memory Monoids" (Morad et al. 2024, arXiv 2402.09900).
@@ -43,7 +43,7 @@ class Args:
     compile: bool = False
     """compile the networks for updates, into CUDA graphs on a GPU"""
     resume: str = ""
-    """continue the run of this checkpoint in the directory where it lies; its arguments are the defaults"""
+    """continue the run of this checkpoint in its directory; its arguments are the defaults"""
     evaluate: str = ""
     """evaluate this checkpoint instead of training; its arguments are the defaults"""
     capture_video: bool = False
@@ -63,7 +63,7 @@ class Args:
     anneal_lr: bool = True
     """whether to anneal the learning rate linearly to zero"""
     buffer_size: int = 200_000
-    """transitions in the buffer, padding included; the oldest segments make room"""
+    """transitions in the buffer, padding included; the oldest segments are overwritten"""
     gamma: float = 0.99
     """the discount factor gamma"""
     tau: float = 0.2
@@ -130,7 +130,7 @@ def make_envs(args, num_envs, video=False):
         if video and index == 0:
             env = gym.wrappers.RecordVideo(env, "videos", name_prefix="eval", episode_trigger=lambda n: n == 0)
         space = env.observation_space
-        if "Text(" in str(space) or not isinstance(spaces.flatten_space(space), spaces.Box):
+        if "Text(" in str(space) or not isinstance(spaces.flatten_space(space), spaces.Box):  # Text flattens too
             raise ValueError(f"observations do not flatten to a Box: {space}")
         env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
         space = env.action_space
@@ -183,7 +183,7 @@ def collect(envs, network, act, seed):
         inputs = (torch.as_tensor(x, device=device)[None] for x in (obs, action, start))
         action, state = act(network, *inputs, state)
         action = action.cpu().numpy()
-        action[done] = 0
+        action[done] = 0  # in an episode's last row, and in those that are dropped
         next_obs, reward, terminated, truncated, _ = envs.step(action)
         reward = reward.astype(np.float32)
         steps.append((obs, action, reward, terminated, start))
@@ -209,10 +209,10 @@ class QNetwork(nn.Module):
 
     def forward(self, obs, previous_action, start, state):
         if self.previous_action:
-            previous = F.one_hot(previous_action, self.num_actions) * ~start[..., None]
+            previous = F.one_hot(previous_action, self.num_actions) * ~start[..., None]  # zeros at an episode's start
             obs = torch.cat((obs, previous), -1)  # (T, B, features)
         x, state = self.memory(self.encoder(obs), state, start)  # (T, B, d_model)
-        value, advantage = self.head(x).split((1, self.num_actions), -1)
+        value, advantage = self.head(x).split((1, self.num_actions), -1)  # dueling (Wang et al. 2016)
         return value + advantage - advantage.mean(-1, keepdim=True), state  # (T, B, num_actions)
 
 
@@ -224,7 +224,7 @@ def policy(q_network, obs, previous_action, start, state, epsilon):
 
 
 class Segments:
-    """A ring buffer of segments, side by side, zero-padded to L transitions; the oldest make room."""
+    """A ring buffer of segments, side by side, zero-padded to L transitions; the oldest are overwritten."""
 
     def __init__(self, args, envs, device):
         features = envs.single_observation_space.shape
@@ -266,8 +266,9 @@ class Segments:
 
 
 def update(q_network, target_network, optimizer, batch, args):
+    """Double DQN (van Hasselt et al. 2016): y = r + gamma (1 - terminated) Q_target(s', argmax_a Q(s', a)); Huber."""
     rows, played, mask = batch
-    # CRUCIAL: the next state is the next row, but its value is only that of the segment up to it, and so is the target
+    # CRUCIAL: the next state is the next row, but its value knows only the segment up to it, and so does the target
     t, t_next = slice(0, -1), slice(1, None)
     inputs = (rows.obs, rows.action.roll(1, 0), rows.start, q_network.memory.initial_state(rows.start.shape[1]))
     q, _ = q_network(*inputs)  # (L + 1, B, num_actions)
@@ -277,7 +278,7 @@ def update(q_network, target_network, optimizer, batch, args):
         next_value = q_target[t_next].gather(-1, best).squeeze(-1)
         td_target = rows.reward[t] + args.gamma * ~rows.terminated[t] * next_value
     old_val = q[t].gather(-1, rows.action[t][..., None]).squeeze(-1)
-    # CRUCIAL: the mean over the transitions that were played, not over the padding
+    # CRUCIAL: the mean over the transitions that carry loss, not over padding or burn-in
     loss = (F.smooth_l1_loss(old_val, td_target, reduction="none") * mask).sum() / mask.sum()
 
     optimizer.zero_grad()
@@ -311,11 +312,11 @@ if __name__ == "__main__":
         if ":" in defaults.env_id and args.env_id != defaults.env_id:
             fail(f"{path} imports a module: add --env-id {defaults.env_id} if you trust it")
         args = tyro.cli(Args, description=__doc__, default=replace(defaults, env_kwargs={}, memory_kwargs={}))
-        args.env_kwargs = defaults.env_kwargs | args.env_kwargs
+        args.env_kwargs = defaults.env_kwargs | args.env_kwargs  # the command line may change some of them
         args.memory_kwargs = defaults.memory_kwargs | args.memory_kwargs
     args.check()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tensors this small gain little from more
-    # glibc then keeps the memory of an update for the next one: a tenth of the time (mallopt(3), M_MMAP_THRESHOLD)
+    # freeing this makes glibc keep memory for the next update (mallopt(3), M_MMAP_THRESHOLD): a tenth less time
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     torch.manual_seed(args.seed)
@@ -334,7 +335,7 @@ if __name__ == "__main__":
         if not args.evaluate:  # purge_step: what was logged after the checkpoint does not count twice
             writer = SummaryWriter(os.path.dirname(path) or ".", purge_step=global_step + 1 if saved else None)
     except (ArithmeticError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        fail(f"{path}: {' '.join(str(error).split())[:300]}")  # --memory-kwargs, a checkpoint of other shapes, no room
+        fail(f"{path if saved else 'cannot start'}: {' '.join(str(error).split())[:300]}")  # arguments, shapes, no room
     compiled = partial(torch.compile, mode="reduce-overhead", dynamic=False, recompile_limit=64)  # once for each size
     networks = [compiled(x) if args.compile else x for x in (q_network, target_network)]
     if args.evaluate:
@@ -347,7 +348,7 @@ if __name__ == "__main__":
         print(f"step {global_step:,} of {args.total_timesteps:,}; tensorboard --logdir {writer.log_dir}", flush=True)
     start_time, shown, signals = time.time() - seconds, time.time(), []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the iteration, a second one stops at once
-        signal.signal(number, lambda *call: signal.default_int_handler(*call) if signals else signals.append(call[0]))
+        signal.signal(number, lambda n, frame: signal.default_int_handler(n, frame) if signals else signals.append(n))
     finished = bool(args.evaluate) or global_step >= args.total_timesteps
     while not finished:
         # ALGO LOGIC: play whole episodes with the current weights
@@ -367,7 +368,7 @@ if __name__ == "__main__":
             metrics |= update(*networks, optimizer, batch, args)
             num_updates += 1
         finished = global_step >= args.total_timesteps
-        if evaluated := finished or evaluations < global_step // args.eval_frequency:
+        if evaluated := (finished or evaluations < global_step // args.eval_frequency):
             metrics["charts/eval_return"] = eval_return = evaluate(eval_envs, q_network, args).mean().item()
         seconds = time.time() - start_time
         metrics["charts/SPS"] = sps = int(global_step / seconds)

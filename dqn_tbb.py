@@ -43,7 +43,7 @@ class Args:
     compile: bool = False
     """compile the networks for updates, into CUDA graphs on a GPU"""
     resume: str = ""
-    """continue the run of this checkpoint in the directory where it lies; its arguments are the defaults"""
+    """continue the run of this checkpoint in its directory; its arguments are the defaults"""
     evaluate: str = ""
     """evaluate this checkpoint instead of training; its arguments are the defaults"""
     capture_video: bool = False
@@ -63,7 +63,7 @@ class Args:
     anneal_lr: bool = True
     """whether to anneal the learning rate linearly to zero"""
     buffer_size: int = 200_000
-    """rows on the tape; the oldest episodes make room"""
+    """rows on the tape; the oldest episodes are overwritten"""
     gamma: float = 0.99
     """the discount factor gamma"""
     tau: float = 0.2
@@ -124,7 +124,7 @@ def make_envs(args, num_envs, video=False):
         if video and index == 0:
             env = gym.wrappers.RecordVideo(env, "videos", name_prefix="eval", episode_trigger=lambda n: n == 0)
         space = env.observation_space
-        if "Text(" in str(space) or not isinstance(spaces.flatten_space(space), spaces.Box):
+        if "Text(" in str(space) or not isinstance(spaces.flatten_space(space), spaces.Box):  # Text flattens too
             raise ValueError(f"observations do not flatten to a Box: {space}")
         env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
         space = env.action_space
@@ -177,7 +177,7 @@ def collect(envs, network, act, seed):
         inputs = (torch.as_tensor(x, device=device)[None] for x in (obs, action, start))
         action, state = act(network, *inputs, state)
         action = action.cpu().numpy()
-        action[done] = 0
+        action[done] = 0  # in an episode's last row, and in those that are dropped
         next_obs, reward, terminated, truncated, _ = envs.step(action)
         reward = reward.astype(np.float32)
         steps.append((obs, action, reward, terminated, start))
@@ -203,10 +203,10 @@ class QNetwork(nn.Module):
 
     def forward(self, obs, previous_action, start, state):
         if self.previous_action:
-            previous = F.one_hot(previous_action, self.num_actions) * ~start[..., None]
+            previous = F.one_hot(previous_action, self.num_actions) * ~start[..., None]  # zeros at an episode's start
             obs = torch.cat((obs, previous), -1)  # (T, B, features)
         x, state = self.memory(self.encoder(obs), state, start)  # (T, B, d_model)
-        value, advantage = self.head(x).split((1, self.num_actions), -1)
+        value, advantage = self.head(x).split((1, self.num_actions), -1)  # dueling (Wang et al. 2016)
         return value + advantage - advantage.mean(-1, keepdim=True), state  # (T, B, num_actions)
 
 
@@ -218,45 +218,45 @@ def policy(q_network, obs, previous_action, start, state, epsilon):
 
 
 class Tape:
-    """A ring buffer of whole episodes; the oldest make room. An episode may cross the end of the ring."""
+    """A ring buffer of whole episodes; the oldest are overwritten. An episode may cross the end of the ring."""
 
     def __init__(self, args, envs, device):
         features = envs.single_observation_space.shape
         shapes = (features, torch.float), ((), torch.long), ((), torch.float), ((), torch.bool), ((), torch.bool)
         self.rows = Rows(*(torch.zeros(args.buffer_size, *x, dtype=dtype, device=device) for x, dtype in shapes))
-        self.index, self.end = [], 0  # (first row, number of rows) of each episode; rows are counted from the first
-        self.multiple = 64 if args.compile else 1  # of rows in a batch
+        self.index, self.end = [], 0  # (first row, number of rows) of each episode; row i lies at i % buffer_size
+        self.multiple = 64 if args.compile else 1  # batches are padded to it: few sizes to compile
 
     def add(self, episode):
-        rows, capacity = len(episode.start), len(self.rows.start)
-        if rows > capacity:
-            fail(f"an episode of {rows - 1} steps never fits: raise --buffer-size to {rows} or set --max-episode-steps")
-        while self.index and self.end + rows - self.index[0][0] > capacity:
+        n, capacity = len(episode.start), len(self.rows.start)
+        if n > capacity:
+            fail(f"an episode of {n - 1} steps never fits: raise --buffer-size to {n} or set --max-episode-steps")
+        while self.index and self.end + n - self.index[0][0] > capacity:
             self.index.pop(0)
-        self.index.append((self.end, rows))
-        at = np.arange(self.end, self.end + rows) % capacity
+        self.index.append((self.end, n))
+        at = np.arange(self.end, self.end + n) % capacity
         for ring, x in zip(self.rows, episode):
             ring[at] = torch.as_tensor(x, device=ring.device)
-        self.end += rows
+        self.end += n
 
     def sample(self, batch_size, rng):
         """Episodes drawn uniformly, with replacement, until they hold batch_size transitions; the last is kept whole.
 
-        Returns rows (R, 1) and t (n,), those that hold a transition: all but the last of each episode, and no padding.
-        Every transition has the same expected number of draws (Wald's identity). The loss is a mean over a batch whose
-        size varies: transitions of long episodes weigh less, in batches of 500 and episodes of up to 1,000 by a fifth.
+        Returns rows (R, 1) and t (n,), the rows that hold a transition: not an episode's last, nor padding (--compile).
+        Every transition has the same expected number of draws (Wald's identity), but the loss is a mean over n, which
+        varies: those of long episodes weigh less, by a fifth in batches of 500 with episodes of up to 1,000.
         """
         at, transitions = [], 0
         while transitions < batch_size:
-            first, rows = self.index[rng.integers(len(self.index))]
-            at.append(np.arange(first, first + rows))
-            transitions += rows - 1
+            first, n = self.index[rng.integers(len(self.index))]
+            at.append(np.arange(first, first + n))
+            transitions += n - 1
         at = np.concatenate(at) % len(self.rows.start)
         padding = -len(at) % self.multiple
         at = torch.as_tensor(np.pad(at, (0, padding)), device=self.rows.start.device)
         rows = Rows(*(ring[at][:, None] for ring in self.rows))
         rows.start[len(at) - padding :] = True  # episodes of no transition
-        return rows, (~rows.start[1:, 0]).nonzero().squeeze(1)
+        return rows, (~rows.start[1:, 0]).nonzero().squeeze(1)  # the next row belongs to the same episode
 
     def state_dict(self):
         return {"rows": [x[: self.end].clone() for x in self.rows], "index": self.index, "end": self.end}
@@ -268,6 +268,7 @@ class Tape:
 
 
 def update(q_network, target_network, optimizer, batch, args):
+    """Double DQN (van Hasselt et al. 2016): y = r + gamma (1 - terminated) Q_target(s', argmax_a Q(s', a)); Huber."""
     rows, t = batch
     # CRUCIAL: the next state is the next row, so its value is that of its whole history, the first observation included
     t_next = t + 1
@@ -311,11 +312,11 @@ if __name__ == "__main__":
         if ":" in defaults.env_id and args.env_id != defaults.env_id:
             fail(f"{path} imports a module: add --env-id {defaults.env_id} if you trust it")
         args = tyro.cli(Args, description=__doc__, default=replace(defaults, env_kwargs={}, memory_kwargs={}))
-        args.env_kwargs = defaults.env_kwargs | args.env_kwargs
+        args.env_kwargs = defaults.env_kwargs | args.env_kwargs  # the command line may change some of them
         args.memory_kwargs = defaults.memory_kwargs | args.memory_kwargs
     args.check()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tensors this small gain little from more
-    # glibc then keeps the memory of an update for the next one: a tenth of the time (mallopt(3), M_MMAP_THRESHOLD)
+    # freeing this makes glibc keep memory for the next update (mallopt(3), M_MMAP_THRESHOLD): a tenth less time
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     torch.manual_seed(args.seed)
@@ -334,7 +335,7 @@ if __name__ == "__main__":
         if not args.evaluate:  # purge_step: what was logged after the checkpoint does not count twice
             writer = SummaryWriter(os.path.dirname(path) or ".", purge_step=global_step + 1 if saved else None)
     except (ArithmeticError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        fail(f"{path}: {' '.join(str(error).split())[:300]}")  # --memory-kwargs, a checkpoint of other shapes, no room
+        fail(f"{path if saved else 'cannot start'}: {' '.join(str(error).split())[:300]}")  # arguments, shapes, no room
     compiled = partial(torch.compile, mode="reduce-overhead", dynamic=False, recompile_limit=64)  # once for each size
     networks = [compiled(x) if args.compile else x for x in (q_network, target_network)]
     if args.evaluate:
@@ -347,7 +348,7 @@ if __name__ == "__main__":
         print(f"step {global_step:,} of {args.total_timesteps:,}; tensorboard --logdir {writer.log_dir}", flush=True)
     start_time, shown, signals = time.time() - seconds, time.time(), []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the iteration, a second one stops at once
-        signal.signal(number, lambda *call: signal.default_int_handler(*call) if signals else signals.append(call[0]))
+        signal.signal(number, lambda n, frame: signal.default_int_handler(n, frame) if signals else signals.append(n))
     finished = bool(args.evaluate) or global_step >= args.total_timesteps
     while not finished:
         # ALGO LOGIC: play whole episodes with the current weights
@@ -367,7 +368,7 @@ if __name__ == "__main__":
             metrics |= update(*networks, optimizer, batch, args)
             num_updates += 1
         finished = global_step >= args.total_timesteps
-        if evaluated := finished or evaluations < global_step // args.eval_frequency:
+        if evaluated := (finished or evaluations < global_step // args.eval_frequency):
             metrics["charts/eval_return"] = eval_return = evaluate(eval_envs, q_network, args).mean().item()
         seconds = time.time() - start_time
         metrics["charts/SPS"] = sps = int(global_step / seconds)

@@ -50,7 +50,7 @@ class Monoid:
 class Affine(Monoid):
     """The maps h -> a h + b under composition; elements (a, b), two tensors of the same shape.
 
-    (a, b) • (a', b') = (a a', a' b + b'), e = (1, 0). The scan's second half is h_t = a_t h_{t-1} + b_t, h_{-1} = 0.
+    (a, b) • (a', b') = (a a', a' b + b'), e = (1, 0). A scan's second component is h_t = a_t h_{t-1} + b_t, h_{-1} = 0.
     """
 
     def identity(self, like):
@@ -101,8 +101,9 @@ def scan(monoid, elements, reverse=False):
     elements: a tensor or a (nested) tuple of tensors, (T, ...) each; ValueError if T is 0. The result has the same
     structure and shapes. reverse: result_t = x_{T-1} • ... • x_{t+1} • x_t instead (flip, scan, flip).
 
-    A scan of adjacent pairs gives the prefixes that end on odd rows; one more operation gives those that end on even
-    rows: fewer than 2T operations, in 2 log2(T) steps (Blelloch 1990, "Prefix sums and their applications").
+    A scan over the products of adjacent pairs gives the prefixes that end on odd rows; one more operation gives those
+    that end on even rows: fewer than 2T operations, in 2 log2(T) steps (Blelloch 1990, "Prefix sums and their
+    applications").
     """
     if reverse:
         flip = lambda x: x.flip(0)
@@ -115,7 +116,7 @@ def scan(monoid, elements, reverse=False):
         raise ValueError("scan: a sequence of at least one row is needed, got none")
     if T == 1:
         return elements
-    rows = lambda x, *index: tree_map(lambda x: x[slice(*index)], x)
+    rows = lambda tree, *index: tree_map(lambda x: x[slice(*index)], tree)
     odd = scan(monoid, monoid.op(rows(elements, 0, T - 1, 2), rows(elements, 1, T, 2)))  # rows 1, 3, 5, ...
     later = monoid.op(rows(odd, (T - 1) // 2), rows(elements, 2, T, 2))  # rows 2, 4, 6, ...
     even = tree_map(lambda *x: torch.cat(x), rows(elements, 0, 1), later)
@@ -143,8 +144,9 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
     Returns h (T, ...), in the dtype to which decay, x and initial promote. ValueError if T is 0, RuntimeError if shapes
     do not broadcast.
 
-    Equals the second half of `scan(Affine(), (decay, x))` while products of decays are finite, as for |decay| <= 1. The
-    backward pass is the same recurrence, reversed, and saves only decay and h, so memory is O(T):
+    Equals the second component of `scan(Affine(), (decay, x))`, with start that of the first element which
+    `scan(resettable(Affine()), ((decay, x), start))` returns, while products of decays are finite, as for |decay| <= 1.
+    The backward pass is the same recurrence, reversed, and saves only decay and h, so memory is O(T):
         dL/dx_t = dL/dh_t + conj(decay_{t+1}) dL/dx_{t+1}        dL/ddecay_t = dL/dx_t conj(h_{t-1})
     Works with higher derivatives and with torch.func's grad and vmap, not with forward-mode derivatives (jvp).
     """
@@ -159,7 +161,7 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
 
 class _LinearRecurrence(torch.autograd.Function):
     @classmethod
-    def run(cls, *inputs):  # without `apply` where nothing needs it: it takes longer than the recurrence of one row
+    def run(cls, *inputs):  # where no graph is recorded, no `apply`: it takes longer than the recurrence of one row
         transformed = torch._C._are_functorch_transforms_active()  # torch.func
         return cls.apply(*inputs) if torch.is_grad_enabled() or transformed else cls.forward(*inputs)
 
@@ -240,12 +242,15 @@ def gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
 
 
 class Cell(nn.Module):
-    """A memory model. Subclasses define how a row is lifted and how the state is read.
+    """A memory model. Subclasses define how a row is lifted and how the state is read. To add one, put it into CELLS.
 
     lift(x):       x (T, B, D) -> (decay, b), elements of `Affine`: b (T, B, ...), decay broadcasts to it
     readout(h, x): h (T, B, ...), x (T, B, D) -> y (T, B, D)
     state_shape:   the dimensions of the state, `...` above
-    is_complex:    whether the state is complex: not in half precision, PyTorch has no complex bfloat16
+    is_complex:    whether the state is complex (then no half precision: PyTorch has no complex bfloat16)
+
+    A model of another monoid overrides initial_state and forward, with `scan(resettable(monoid), (elements, start))`
+    over the state as row 0 and the lifted rows after it; or, as the GRU, with a loop.
     """
 
     is_complex = False
@@ -257,7 +262,7 @@ class Cell(nn.Module):
 
     def forward(self, x, state, start):
         decay, b = self.lift(x)
-        state = torch.where(_expand(start[0], state), 0, state)
+        state = torch.where(_expand(start[0], state), 0, state)  # else NaN in it would make linear_recurrence slow
         h = linear_recurrence(decay, b, state, start=start)
         return self.readout(h, x), h[-1]
 
@@ -269,11 +274,12 @@ class LRUCell(Cell):
         lambda = exp(-exp(nu_log) + i theta),              so that |lambda| < 1               (stable)
 
     gamma = sqrt(1 - |lambda|^2) initially, which gives the state the variance of its input, and B and C are
-    Glorot-initialised. Three things differ from the paper. States decay by 1/e in min_horizon to horizon rows,
-    log-uniformly, where the paper has few slow ones or few fast ones: lambda uniform on a ring (Lemma 3.2). For delays
-    of thousands of rows theta is not trained, since a step of 1e-3 turns what was written 1,000 rows ago by a radian,
-    and D begins at 0, not at random, because D x_t would drown what a state holds, which is written with a gain of
-    gamma, 0.045 at a horizon of 1,000.
+    Glorot-initialised. Three things differ from the paper, the last two for delays of thousands of rows:
+    1. States decay by 1/e in min_horizon to horizon rows, log-uniformly. The paper's lambda, uniform on a ring
+       (Lemma 3.2), has few slow ones or few fast ones.
+    2. theta is not trained: a step of 1e-3 turns what was written 1,000 rows ago by a radian.
+    3. D begins at 0, not at random: D x_t would drown what a state holds, which is written with a gain of gamma, 0.045
+       at a horizon of 1,000.
     """
 
     def __init__(self, d_model, d_state=128, horizon=1000, max_phase=2 * math.pi, min_horizon=1):
@@ -348,7 +354,8 @@ class FFMCell(Cell):
 
     At initialisation exp(-|alpha|) ranges from 1/2 to beta^(1 / horizon), which leaves beta = 1% after `horizon` rows;
     the periods 2 pi / omega range from 1 row to `horizon`. With the paper's 4 periods (1, 342, 683 and 1,024 rows)
-    recent rows are harder to tell apart. Its last step (normalise, gate, skip) is the residual block of `Memory`.
+    recent rows are harder to tell apart. The paper's last step (normalise, gate, skip) is the residual block of
+    `Memory`.
     """
 
     def __init__(self, d_model, num_traces=4, num_frequencies=32, horizon=64, beta=0.01):
@@ -497,7 +504,7 @@ CELLS |= {"mingru": MinGRUCell, "gru": GRUCell}
 
 
 def make_memory(names, d_model, num_layers=None, **sizes):
-    """num_layers (2) layers of a single name, or one layer of each of several; names: a list of keys of MEMORIES."""
+    """num_layers layers (None: 2) of a single name, or a layer of each of several; names: a list, keys of MEMORIES."""
     if num_layers is not None and (num_layers < 1 or len(names) > 1):
         raise ValueError("num_layers: at least 1, and of a single memory")
     names = names * (num_layers or 2) if len(names) == 1 else names

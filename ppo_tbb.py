@@ -43,7 +43,7 @@ class Args:
     compile: bool = False
     """compile the networks for updates, into CUDA graphs on a GPU"""
     resume: str = ""
-    """continue the run of this checkpoint in the directory where it lies; its arguments are the defaults"""
+    """continue the run of this checkpoint in its directory; its arguments are the defaults"""
     evaluate: str = ""
     """evaluate this checkpoint instead of training; its arguments are the defaults"""
     capture_video: bool = False
@@ -65,11 +65,11 @@ class Args:
     gamma: float = 0.99
     """the discount factor gamma"""
     gae_lambda: float = 0.95
-    """the lambda for the general advantage estimation"""
+    """the lambda for the generalised advantage estimation"""
     num_minibatches: int = 4
     """the number of minibatches, each of whole episodes"""
     update_epochs: int = 4
-    """the epochs in which an iteration's episodes are trained on"""
+    """the number of epochs over an iteration's episodes"""
     norm_adv: bool = True
     """whether to normalise the advantages of each minibatch"""
     clip_coef: float = 0.2
@@ -125,7 +125,7 @@ def make_envs(args, num_envs, video=False):
         if video and index == 0:
             env = gym.wrappers.RecordVideo(env, "videos", name_prefix="eval", episode_trigger=lambda n: n == 0)
         space = env.observation_space
-        if "Text(" in str(space) or not isinstance(spaces.flatten_space(space), spaces.Box):
+        if "Text(" in str(space) or not isinstance(spaces.flatten_space(space), spaces.Box):  # Text flattens too
             raise ValueError(f"observations do not flatten to a Box: {space}")
         env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
         space = env.action_space
@@ -181,7 +181,7 @@ def collect(envs, network, act, seed):
         inputs = (torch.as_tensor(x, device=device)[None] for x in (obs, action, start))
         action, state = act(network, *inputs, state)
         action = action.cpu().numpy()
-        action[done] = 0
+        action[done] = 0  # in an episode's last row, and in those that are dropped
         next_obs, reward, terminated, truncated, _ = envs.step(action)
         reward = reward.astype(np.float32)
         steps.append((obs, action, reward, terminated, start))
@@ -204,7 +204,7 @@ class Agent(nn.Module):
         self.memory = make_memory(args.memory, d, **args.memory_kwargs)
         self.actor = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, outputs))
         self.critic = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 1))
-        self.register_buffer("squares", torch.zeros(2))  # of all returns: their sum and number
+        self.register_buffer("squares", torch.zeros(2))  # of all returns: the sum of their squares, their number
         self.actor_logstd = nn.Parameter(torch.zeros(0 if self.nvec else outputs))
         nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # the policy starts near uniform
 
@@ -212,12 +212,12 @@ class Agent(nn.Module):
         if self.previous_action:
             one_hots = [F.one_hot(a, n) for a, n in zip(previous_action.unbind(-1), self.nvec)]
             previous = torch.cat(one_hots, -1) if self.nvec else previous_action
-            obs = torch.cat((obs, previous * ~start[..., None]), -1)  # (T, B, features)
+            obs = torch.cat((obs, previous * ~start[..., None]), -1)  # (T, B, features); 0 at an episode's start
         x, state = self.memory(self.encoder(obs), state, start)  # (T, B, d_model)
         if self.nvec:  # one distribution over (T, B) for each component of the action
-            heads = [Categorical(logits=x, validate_args=False) for x in self.actor(x).split(self.nvec, -1)]
+            heads = [Categorical(logits=y, validate_args=False) for y in self.actor(x).split(self.nvec, -1)]
         else:
-            heads = [Normal(*x, validate_args=False) for x in zip(self.actor(x).unbind(-1), self.actor_logstd.exp())]
+            heads = [Normal(*y, validate_args=False) for y in zip(self.actor(x).unbind(-1), self.actor_logstd.exp())]
         return heads, self.critic(x).squeeze(-1), state
 
 
@@ -241,8 +241,8 @@ def compute_advantages(agent, rows, args):
     _, logprob, value = forward_tape(agent, rows)
     # CRUCIAL: the next state is the next row, so a truncated episode bootstraps from its own final observation
     t = transitions(rows)
-    done = torch.isin(t + 1, t, invert=True)[:, None]
-    # in units of their root mean square returns of any size need the same learning rate, vf_coef and clip_coef
+    done = torch.isin(t + 1, t, invert=True)[:, None]  # the next row holds no transition: the episode ends there
+    # rewards are divided by the root mean square return, so that learning_rate, vf_coef and clip_coef suit any scale
     square = discounted_return(args.gamma, rows.reward[t], done).square()
     agent.squares += torch.stack((square.sum(), torch.ones_like(square).sum()))
     reward = rows.reward[t] / (1e-8 + (agent.squares[0] / agent.squares[1]).sqrt())
@@ -262,6 +262,7 @@ def minibatches(batch, args, rng):
 
 
 def update(agent, optimizer, batch, args):
+    """A step on PPO's clipped objective (Schulman et al. 2017, arXiv 1707.06347, eq. 7 and 9), as CleanRL makes it."""
     rows, logprob, value, advantage = batch
     heads, newlogprob, newvalue = forward_tape(agent, rows)
     t = transitions(rows)
@@ -312,11 +313,11 @@ if __name__ == "__main__":
         if ":" in defaults.env_id and args.env_id != defaults.env_id:
             fail(f"{path} imports a module: add --env-id {defaults.env_id} if you trust it")
         args = tyro.cli(Args, description=__doc__, default=replace(defaults, env_kwargs={}, memory_kwargs={}))
-        args.env_kwargs = defaults.env_kwargs | args.env_kwargs
+        args.env_kwargs = defaults.env_kwargs | args.env_kwargs  # the command line may change some of them
         args.memory_kwargs = defaults.memory_kwargs | args.memory_kwargs
     args.check()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tensors this small gain little from more
-    # glibc then keeps the memory of an update for the next one: a tenth of the time (mallopt(3), M_MMAP_THRESHOLD)
+    # freeing this makes glibc keep memory for the next update (mallopt(3), M_MMAP_THRESHOLD): a tenth less time
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     torch.manual_seed(args.seed)
@@ -333,7 +334,7 @@ if __name__ == "__main__":
         if not args.evaluate:  # purge_step: what was logged after the checkpoint does not count twice
             writer = SummaryWriter(os.path.dirname(path) or ".", purge_step=global_step + 1 if saved else None)
     except (ArithmeticError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        fail(f"{path}: {' '.join(str(error).split())[:300]}")  # --memory-kwargs, a checkpoint of other shapes, no room
+        fail(f"{path if saved else 'cannot start'}: {' '.join(str(error).split())[:300]}")  # arguments, shapes, no room
     network = torch.compile(agent, mode="reduce-overhead", dynamic=False, recompile_limit=64) if args.compile else agent
     if args.evaluate:
         returns = evaluate(eval_envs, agent, args)
@@ -345,7 +346,7 @@ if __name__ == "__main__":
         print(f"step {global_step:,} of {args.total_timesteps:,}; tensorboard --logdir {writer.log_dir}", flush=True)
     start_time, shown, signals = time.time() - seconds, time.time(), []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the iteration, a second one stops at once
-        signal.signal(number, lambda *call: signal.default_int_handler(*call) if signals else signals.append(call[0]))
+        signal.signal(number, lambda n, frame: signal.default_int_handler(n, frame) if signals else signals.append(n))
     finished = bool(args.evaluate) or global_step >= args.total_timesteps
     while not finished:
         # ALGO LOGIC: play whole episodes with the current weights
@@ -367,7 +368,7 @@ if __name__ == "__main__":
         t, (_, _, value, adv) = transitions(rows), batch
         metrics["losses/explained_variance"] = 1 - adv[t].var(correction=0) / (adv + value)[t].var(correction=0)
         finished = global_step >= args.total_timesteps
-        if evaluated := finished or evaluations < global_step // args.eval_frequency:
+        if evaluated := (finished or evaluations < global_step // args.eval_frequency):
             metrics["charts/eval_return"] = eval_return = evaluate(eval_envs, agent, args).mean().item()
         seconds = time.time() - start_time
         metrics["charts/SPS"] = sps = int(global_step / seconds)

@@ -141,7 +141,7 @@ def test_log_probability_is_that_of_a_squashed_gaussian(scale):
     """Against torch.distributions; with outputs so large that tanh rounds to 1 as well."""
     _, agent, _ = make_agents()
     x, noise = scale * torch.randn(50, 7, 8).double(), torch.randn(50, 7, K).double()
-    action, logprob = agent.act(x, noise)
+    action, logprob = agent.sample(x, noise)
     mean, log_std = agent.actor(x).chunk(2, -1)
     base = Normal(mean, log_std.clamp(-20, 2).exp())
     u = base.mean + base.stddev * noise
