@@ -23,6 +23,7 @@ from helpers import Lengths, assert_refused, checkpoint_of, flags, load, outcome
 
 import dqn_tbb
 import ppo_tbb
+import sac_tbb
 from monoids import CELLS
 
 ROOT = Path(__file__).parent.parent
@@ -408,3 +409,25 @@ def test_environments_of_the_pages(page, module, env_id, play, tmp_path, monkeyp
     argv = ["--env-id", f"{module}:{env_id}", "--max-episode-steps", 20]
     status, out, err = play(dqn_tbb, *flags(dqn_tbb, *argv))
     assert (status, err) == (0, "") and "final: " in out
+
+
+@helpers.each([dqn_tbb, ppo_tbb, sac_tbb])
+def test_acting_in_a_loop_of_your_own(script, play, tmp_path):
+    """The code on the page plays the episode that `collect` plays."""
+    _, code = RECIPES.joinpath("README.md").read_text().split("## Acting in a loop of your own")
+    code = re.search(r"```python\n(.*?)```", code, re.S).group(1)
+    if script is not dqn_tbb:
+        names = {"dqn_tbb": script.__name__, "QNetwork": "Agent", '"q_network"': '"agent"', "epsilon=0": "greedy=True"}
+        names["torch.tensor([0])"] = "torch.as_tensor(envs.action_space.sample())"
+        for old, new in names.items():
+            assert old in code
+            code = code.replace(old, new)
+    assert play(script, *flags(script))[0] == 0
+    checkpoint_of(tmp_path).rename(tmp_path / "checkpoint.pt")
+    rng = np.random.default_rng(7)  # as in `collect`
+    *_, seed = [rng.integers(2**32) for _ in range(3)], rng.integers(2**31, size=1).tolist()
+    played = {}
+    exec(code.replace("envs.reset()", f"envs.reset(seed={seed})"), played)
+    greedy = {"epsilon": 0.0} if script is dqn_tbb else {"greedy": True}
+    (episode,) = script.collect(played["envs"], played["q_network"], partial(script.policy, **greedy), 7)
+    assert played["episodic_return"] == pytest.approx(episode.reward.sum())
