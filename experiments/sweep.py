@@ -5,7 +5,7 @@
     python experiments/sweep.py ablations --ray auto               # or on the Ray cluster that is running
 
 Appends to experiments/results/NAME.csv, one row an evaluation. A run's rows are written when it has finished: started
-again, a sweep skips what is there and redoes what was killed. Seconds are honest only with --jobs below the number of
+again, a sweep skips what is there and redoes what was killed. Seconds are honest only with no more --jobs than idle
 cores.
 
     run               script, task and all else that tells a run from others
