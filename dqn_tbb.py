@@ -51,7 +51,7 @@ class Args:
     env_id: str = "popgym-RepeatPreviousEasy-v0"
     """the id of the environment; my_module:MyEnv-v0 imports my_module first"""
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
-    """arguments of the environment, for example --env-kwargs map_name 8x8 is_slippery False"""
+    """arguments of the environment, for example --env-kwargs map_name 8x8 is_slippery False (false is a string)"""
     total_timesteps: int = 40_000
     """transitions to collect; the last iteration may exceed it, since episodes are finished"""
     learning_rate: float = 5e-4
@@ -59,7 +59,7 @@ class Args:
     num_envs: int = 8
     """the number of parallel environments; in an iteration each plays one episode"""
     max_episode_steps: int = 0
-    """truncate episodes after this many steps (and bootstrap there); 0 leaves it to the environment"""
+    """truncate episodes after this many steps (and bootstrap there); replaces the environment's own limit unless 0"""
     anneal_lr: bool = True
     """whether to anneal the learning rate linearly to zero"""
     buffer_size: int = 200_000
@@ -131,7 +131,7 @@ def make_envs(args, num_envs, video=False):
         if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
             raise ValueError(f"DQN takes Discrete or MultiDiscrete actions, not {space}")
         nvec = np.ravel(space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n)
-        decode = lambda action: np.reshape(np.unravel_index(action, nvec), space.shape) + space.start
+        decode = lambda a: (np.reshape(np.unravel_index(a, nvec), space.shape) + space.start).astype(space.dtype)
         return gym.wrappers.TransformAction(env, decode, spaces.Discrete(int(nvec.prod())))
 
     try:
@@ -172,8 +172,8 @@ def collect(envs, network, act, seed):
             fail(f"{envs.envs[0].spec.id}: an observation or reward is not finite; checkpoints are unchanged")
         if done.all():
             break
-        if len(steps) == 10_000 and not done.any():
-            print("no episode has ended after 10,000 steps: --max-episode-steps truncates them", flush=True)
+        if len(steps) == 10_000:
+            print(f"after 10,000 steps {sum(~done)} episodes go on: --max-episode-steps truncates them", flush=True)
         inputs = (torch.as_tensor(x, device=device)[None] for x in (obs, action, start))
         action, state = act(network, *inputs, state)
         action = action.cpu().numpy()
@@ -309,13 +309,13 @@ if __name__ == "__main__":
             defaults = Args(**saved["args"])
         except Exception as error:  # a damaged file can raise anything
             fail(f"{path} is not a complete checkpoint of {script} ({type(error).__name__})")
-        if ":" in defaults.env_id and args.env_id != defaults.env_id:
+        if ":" in defaults.env_id and args.env_id == Args.env_id:
             fail(f"{path} imports a module: add --env-id {defaults.env_id} if you trust it")
         args = tyro.cli(Args, description=__doc__, default=replace(defaults, env_kwargs={}, memory_kwargs={}))
         args.env_kwargs = defaults.env_kwargs | args.env_kwargs  # the command line may change some of them
         args.memory_kwargs = defaults.memory_kwargs | args.memory_kwargs
     args.check()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tensors this small gain little from more
+    torch.set_num_threads(torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else 1)  # tensors are small
     # freeing this makes glibc keep memory for the next update (mallopt(3), M_MMAP_THRESHOLD): a tenth less time
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
@@ -331,14 +331,15 @@ if __name__ == "__main__":
         learners = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
         for name, learner in learners.items() if saved else ():
             learner.load_state_dict(saved["learners"][name])
-        iteration, global_step, num_updates, eval_return, seconds = saved["counters"] if saved else (0, 0, 0, np.nan, 0)
+        counters = saved["counters"] if saved else (0, 0, args.learning_starts, np.nan, 0)
+        iteration, global_step, next_update, eval_return, seconds = counters
         if not args.evaluate:  # purge_step: what was logged after the checkpoint does not count twice
             writer = SummaryWriter(os.path.dirname(path) or ".", purge_step=global_step + 1 if saved else None)
     except (ArithmeticError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         fail(f"{path if saved else 'cannot start'}: {' '.join(str(error).split())[:300]}")  # arguments, shapes, no room
     compiled = partial(torch.compile, mode="reduce-overhead", dynamic=False, recompile_limit=64)  # once for each size
     networks = [compiled(x) if args.compile else x for x in (q_network, target_network)]
-    if args.evaluate:
+    if finished := bool(args.evaluate) or global_step >= args.total_timesteps:
         returns = evaluate(eval_envs, q_network, args)
         eval_envs.close()  # writes the video
         eval_return = returns.mean().item()
@@ -349,7 +350,6 @@ if __name__ == "__main__":
     start_time, shown, signals = time.time() - seconds, time.time(), []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the iteration, a second one stops at once
         signal.signal(number, lambda n, frame: signal.default_int_handler(n, frame) if signals else signals.append(n))
-    finished = bool(args.evaluate) or global_step >= args.total_timesteps
     while not finished:
         # ALGO LOGIC: play whole episodes with the current weights
         progress, evaluations = global_step / args.total_timesteps, global_step // args.eval_frequency
@@ -363,10 +363,10 @@ if __name__ == "__main__":
         metrics = {"charts/learning_rate": lr, "charts/epsilon": epsilon, "charts/episodic_length": np.mean(lengths)}
         metrics["charts/episodic_return"] = episodic_return = np.mean([episode.reward.sum() for episode in episodes])
         # ALGO LOGIC: training
-        while num_updates * args.train_frequency < global_step - args.learning_starts:
-            batch = buffer.sample(args.batch_size, np.random.default_rng((args.seed, 2, num_updates)))
+        while next_update < global_step:
+            batch = buffer.sample(args.batch_size, np.random.default_rng((args.seed, 2, next_update)))
             metrics |= update(*networks, optimizer, batch, args)
-            num_updates += 1
+            next_update += args.train_frequency
         finished = global_step >= args.total_timesteps
         if evaluated := (finished or evaluations < global_step // args.eval_frequency):
             metrics["charts/eval_return"] = eval_return = evaluate(eval_envs, q_network, args).mean().item()
@@ -381,7 +381,7 @@ if __name__ == "__main__":
         finished |= bool(signals)
         if finished or evaluated:
             writer.flush()
-            counters = (iteration, global_step, num_updates, eval_return, seconds)
+            counters = (iteration, global_step, next_update, eval_return, seconds)
             checkpoint = {"script": script, "args": vars(args) | {"resume": ""}, "counters": counters}
             checkpoint["learners"] = {name: learner.state_dict() for name, learner in learners.items()}
             try:  # atomic: whatever happens, there is a complete checkpoint, this one or the one before

@@ -389,6 +389,8 @@ class LinearTransformerCell(Cell):
 
     def __init__(self, d_model, num_heads=2, d_key=32, d_value=8):
         super().__init__()
+        if d_key < 2 or d_key % 2:
+            raise ValueError(f"linear transformer: d_key ({d_key}) must be even")
         self.state_shape, self.is_complex = (num_heads, d_key // 2, d_value + 1), True  # (S, z), pairs of rows complex
         self.num_heads = num_heads
         self.query = nn.Linear(d_model, num_heads * d_key)
@@ -507,6 +509,8 @@ def make_memory(names, d_model, num_layers=None, **sizes):
     """num_layers layers (None: 2) of a single name, or a layer of each of several; names: a list, keys of MEMORIES."""
     if num_layers is not None and (num_layers < 1 or len(names) > 1):
         raise ValueError("num_layers: at least 1, and of a single memory")
+    if not all(map(math.isfinite, sizes.values())):
+        raise ValueError(f"sizes of a memory must be finite: {sizes}")
     names = names * (num_layers or 2) if len(names) == 1 else names
     return Memory(d_model, [CELLS[name](d_model, **sizes) for name in names if name != "none"])
 

@@ -1,4 +1,4 @@
-"""PPO with memory over tape-based batches (TBB).
+"""PPO (Schulman et al. 2017, arXiv 1707.06347) with memory over tape-based batches (TBB).
 
     python ppo_tbb.py --env-id popgym-RepeatPreviousEasy-v0 --memory lru
 
@@ -51,7 +51,7 @@ class Args:
     env_id: str = "popgym-RepeatPreviousEasy-v0"
     """the id of the environment; my_module:MyEnv-v0 imports my_module first"""
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
-    """arguments of the environment, for example --env-kwargs map_name 8x8 is_slippery False"""
+    """arguments of the environment, for example --env-kwargs map_name 8x8 is_slippery False (false is a string)"""
     total_timesteps: int = 250_000
     """transitions to collect; the last iteration may exceed it, since episodes are finished"""
     learning_rate: float = 1e-3
@@ -59,7 +59,7 @@ class Args:
     num_envs: int = 16
     """the number of parallel environments; in an iteration each plays one episode"""
     max_episode_steps: int = 0
-    """truncate episodes after this many steps (and bootstrap there); 0 leaves it to the environment"""
+    """truncate episodes after this many steps (and bootstrap there); replaces the environment's own limit unless 0"""
     anneal_lr: bool = True
     """whether to anneal the learning rate linearly to zero"""
     gamma: float = 0.99
@@ -130,12 +130,12 @@ def make_envs(args, num_envs, video=False):
         env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
         space = env.action_space
         if isinstance(space, spaces.Box) and space.dtype.kind == "f":
-            decode = lambda action: np.clip(action.reshape(space.shape), space.low, space.high)
+            decode = lambda action: np.clip(action.reshape(space.shape), space.low, space.high).astype(space.dtype)
             return gym.wrappers.TransformAction(env, decode, spaces.Box(-np.inf, np.inf, (space.low.size,)))
         if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
             raise ValueError(f"PPO takes Discrete, MultiDiscrete or Box actions of floats, not {space}")
         nvec = np.ravel(space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n)
-        decode = lambda action: np.reshape(action, space.shape) + space.start
+        decode = lambda action: (np.reshape(action, space.shape) + space.start).astype(space.dtype)
         return gym.wrappers.TransformAction(env, decode, spaces.MultiDiscrete(nvec))
 
     try:
@@ -176,8 +176,8 @@ def collect(envs, network, act, seed):
             fail(f"{envs.envs[0].spec.id}: an observation or reward is not finite; checkpoints are unchanged")
         if done.all():
             break
-        if len(steps) == 10_000 and not done.any():
-            print("no episode has ended after 10,000 steps: --max-episode-steps truncates them", flush=True)
+        if len(steps) == 10_000:
+            print(f"after 10,000 steps {sum(~done)} episodes go on: --max-episode-steps truncates them", flush=True)
         inputs = (torch.as_tensor(x, device=device)[None] for x in (obs, action, start))
         action, state = act(network, *inputs, state)
         action = action.cpu().numpy()
@@ -222,7 +222,9 @@ class Agent(nn.Module):
 
 
 def policy(agent, obs, previous_action, start, state, greedy):
-    heads, _, state = agent(obs, previous_action, start, state)
+    heads, value, state = agent(obs, previous_action, start, state)
+    if not torch.isfinite(value).all():
+        fail("the network's output is not finite; checkpoints are unchanged")
     return torch.stack([head.mode if greedy else head.sample() for head in heads], -1)[0], state  # (N, k)
 
 
@@ -262,7 +264,6 @@ def minibatches(batch, args, rng):
 
 
 def update(agent, optimizer, batch, args):
-    """A step on PPO's clipped objective (Schulman et al. 2017, arXiv 1707.06347, eq. 7 and 9), as CleanRL makes it."""
     rows, logprob, value, advantage = batch
     heads, newlogprob, newvalue = forward_tape(agent, rows)
     t = transitions(rows)
@@ -310,13 +311,13 @@ if __name__ == "__main__":
             defaults = Args(**saved["args"])
         except Exception as error:  # a damaged file can raise anything
             fail(f"{path} is not a complete checkpoint of {script} ({type(error).__name__})")
-        if ":" in defaults.env_id and args.env_id != defaults.env_id:
+        if ":" in defaults.env_id and args.env_id == Args.env_id:
             fail(f"{path} imports a module: add --env-id {defaults.env_id} if you trust it")
         args = tyro.cli(Args, description=__doc__, default=replace(defaults, env_kwargs={}, memory_kwargs={}))
         args.env_kwargs = defaults.env_kwargs | args.env_kwargs  # the command line may change some of them
         args.memory_kwargs = defaults.memory_kwargs | args.memory_kwargs
     args.check()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # tensors this small gain little from more
+    torch.set_num_threads(torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else 1)  # tensors are small
     # freeing this makes glibc keep memory for the next update (mallopt(3), M_MMAP_THRESHOLD): a tenth less time
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
@@ -336,7 +337,7 @@ if __name__ == "__main__":
     except (ArithmeticError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         fail(f"{path if saved else 'cannot start'}: {' '.join(str(error).split())[:300]}")  # arguments, shapes, no room
     network = torch.compile(agent, mode="reduce-overhead", dynamic=False, recompile_limit=64) if args.compile else agent
-    if args.evaluate:
+    if finished := bool(args.evaluate) or global_step >= args.total_timesteps:
         returns = evaluate(eval_envs, agent, args)
         eval_envs.close()  # writes the video
         eval_return = returns.mean().item()
@@ -347,7 +348,6 @@ if __name__ == "__main__":
     start_time, shown, signals = time.time() - seconds, time.time(), []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the iteration, a second one stops at once
         signal.signal(number, lambda n, frame: signal.default_int_handler(n, frame) if signals else signals.append(n))
-    finished = bool(args.evaluate) or global_step >= args.total_timesteps
     while not finished:
         # ALGO LOGIC: play whole episodes with the current weights
         progress, evaluations = global_step / args.total_timesteps, global_step // args.eval_frequency

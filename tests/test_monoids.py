@@ -915,9 +915,15 @@ def test_s5_equals_the_real_state_space_model():
     same(run(cell, x), y, [x, cell.B, cell.C, cell.D], rtol=1e-5, atol=1e-5)  # the eigenvalues were float32 once
 
 
-def test_s5_block_size_is_checked():
+def test_sizes_are_checked():
     with pytest.raises(ValueError, match="multiple of blocks"):
         monoids.S5Cell(D, d_state=9, blocks=2)
+    for d_key in (0, 7):
+        with pytest.raises(ValueError, match="must be even"):
+            monoids.LinearTransformerCell(D, num_heads=1, d_key=d_key)
+    for horizon in (math.inf, math.nan):
+        with pytest.raises(ValueError, match="must be finite"):
+            make_memory(["ffm"], D, horizon=horizon)
 
 
 def test_ffm_equations():

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Sequence, Text, Tuple
-from helpers import CONTINUOUS, DISCRETE, ContinuousLengths, Lengths, assert_refused, checkpoint_of, contents, control
-from helpers import each, each_script, flags, load, make, outcome, scalars
+from helpers import CONTINUOUS, DISCRETE, OFF_POLICY, ContinuousLengths, Lengths, assert_refused, checkpoint_of
+from helpers import contents, control, each, each_script, flags, load, make, outcome, scalars
 
 import dqn_sbb
 import dqn_tbb
@@ -151,7 +151,8 @@ def test_observations_are_flattened(script, space, obs, expected):
         np.testing.assert_array_equal(e.obs, np.float32([expected] * 4))
 
 
-ACTIONS = [Discrete(4, start=3), MultiDiscrete([2, 3, 4]), MultiDiscrete([[2, 3]], start=[[1, -1]])]
+ACTIONS = [Discrete(4, start=3), Discrete(4, dtype=np.uint8), MultiDiscrete([2, 3, 4], dtype=np.int32)]
+ACTIONS += [MultiDiscrete([[2, 3]], start=[[1, -1]])]
 
 
 @each(DISCRETE)
@@ -165,15 +166,18 @@ def test_every_discrete_action_reaches_the_environment(script, space):
     script.collect(envs, network, lambda network, obs, action, start, state: (next(left)[None], state), 0)
     received = envs.envs[0].unwrapped.actions
     np.testing.assert_array_equal(received, every.reshape(n, *space.shape) + space.start)
-    assert all(space.contains(space.dtype.type(action)) for action in received)
+    assert all(space.contains(action) for action in received)
 
 
-def test_box_actions_are_clipped_only_for_the_environment():
-    space, actions = Box(-1, np.float32([[2, 3]])), torch.tensor([[[-9.0, 9.0]], [[0.5, -0.5]], [[9.0, 2.0]]])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_box_actions_are_clipped_only_for_the_environment(dtype):
+    space, actions = Box(-1, dtype([[2, 3]]), dtype=dtype), torch.tensor([[[-9.0, 9]], [[0.5, -0.5]], [[9, 2]]])
     envs, network, _ = make(ppo_tbb, num_envs=1, env_id="Anything-v0", env_kwargs={"action_space": space})
     left = iter(actions)
     (e,) = ppo_tbb.collect(envs, network, lambda network, *inputs, state=None: (next(left), inputs[-1]), 0)
-    np.testing.assert_array_equal(envs.envs[0].unwrapped.actions, [[[-1, 3]], [[0.5, -0.5]], [[2, 2]]])
+    received = envs.envs[0].unwrapped.actions
+    np.testing.assert_array_equal(received, [[[-1, 3]], [[0.5, -0.5]], [[2, 2]]])
+    assert all(space.contains(action) for action in received)
     np.testing.assert_array_equal(e.action[:-1], actions[:, 0])
 
 
@@ -292,9 +296,9 @@ def test_experiment_name_does_not_leave_runs(script, play, tmp_path):
 
 
 @each_script
-def test_episode_that_never_ends_is_reported_once(script, monkeypatch, capsys):
-    monkeypatch.setattr(Lengths, "lengths", [1_000_000])
-    envs, network, _ = make(script, num_envs=1)
+def test_episodes_that_never_end_are_reported_once(script, monkeypatch, capsys):
+    monkeypatch.setattr(Lengths, "lengths", [1, 1_000_000])
+    envs, network, _ = make(script, num_envs=3)
     printed = []
 
     def act(network, obs, previous_action, start, state):
@@ -306,6 +310,7 @@ def test_episode_that_never_ends_is_reported_once(script, monkeypatch, capsys):
         script.collect(envs, network, act, 0)
     (reported,) = (i for i, out in enumerate(printed) if out)
     assert reported == 10_000 and "--max-episode-steps" in printed[reported]
+    assert re.search("[12] episodes go on", printed[reported])  # that another has ended does not hide them
 
 
 @each_script
@@ -334,7 +339,10 @@ def test_finished_run_says_where_it_stands_and_can_be_prolonged(script, play, tr
     before = path.read_bytes()
     status, out, err = play(script, "--resume", path)
     assert (status, err) == (0, "") and final(out) == final(first) and path.read_bytes() == before
-    assert f"step {final(first)[0]:,} of 400" in out.splitlines()[0]
+    assert f"checkpoint of step {final(first)[0]:,}" in out
+    status, out, err = play(script, "--resume", path, "--eval-episodes", 7)  # what it says of them, it has played
+    _, evaluated, _ = play(script, "--evaluate", path, "--eval-episodes", 7)
+    assert (status, err) == (0, "") and final(out) == final(evaluated) and path.read_bytes() == before
     status, out, err = play(script, "--resume", path, "--total-timesteps", 600)
     assert (status, err) == (0, "") and final(out)[0] >= 600
     assert checkpoint_of(tmp_path) == path and load(path)["counters"][1] == final(out)[0]
@@ -342,6 +350,18 @@ def test_finished_run_says_where_it_stands_and_can_be_prolonged(script, play, tr
         steps = [step for step, _ in events]
         assert steps == sorted(set(steps)), tag
     assert play(script, "--evaluate", path)[0] == 0
+
+
+@each(OFF_POLICY)
+@pytest.mark.parametrize("train_frequency", [5, 100])
+def test_resumed_run_may_train_more_or_less_often(script, train_frequency, play, trained, tmp_path, monkeypatch):
+    trained(script)
+    path, updates, step = checkpoint_of(tmp_path), [], torch.optim.Adam.step
+    before = load(path)["counters"][1]
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: updates.append(step(optimizer)))
+    _, out, _ = play(script, "--resume", path, "--total-timesteps", 1000, "--train-frequency", train_frequency)
+    due = (final(out)[0] - before) / train_frequency
+    assert abs(len(updates) - due) <= 1 + script.Args.train_frequency / train_frequency
 
 
 @each_script

@@ -219,9 +219,9 @@ def test_checkpoint_imports_no_module_unasked(script, flag, play, trained, tmp_p
     checkpoint, env_id = load(path), f"{module}:{helpers.lengths(script)}"
     checkpoint["args"]["env_id"] = env_id
     torch.save(checkpoint, path)
-    for more in ([], ["--env-id", "other_module:Lengths-v0"]):
-        assert_refused(play(script, flag, path, *more), str(path), f"--env-id {env_id}")
-        assert not (tmp_path / "it_ran").exists()
+    assert_refused(play(script, flag, path), str(path), f"--env-id {env_id}")
+    assert play(script, flag, path, "--env-id", helpers.lengths(script))[0] == 0  # another that is known
+    assert not (tmp_path / "it_ran").exists()
     assert play(script, flag, path, "--env-id", env_id)[0] == 0
     assert (tmp_path / "it_ran").exists()
 
@@ -314,6 +314,11 @@ def test_broken_environment_leaves_a_checkpoint_that_resumes(script, what, play,
     path = checkpoint_of(tmp_path / "broken")
     assert path.read_bytes() == seen[0] == seen[-1]
     assert play(script, "--resume", path)[0] == 0 and outcome(path) == outcome(checkpoint_of(tmp_path / "whole"))
+
+
+def test_policy_that_is_not_finite_is_refused(play, tmp_path):
+    more = ["--learning-rate", 1e30, "--num-minibatches", 1, "--update-epochs", 1]  # then there is no next loss
+    assert_refused(play(ppo_tbb, *flags(ppo_tbb, *more)), "not finite", "unchanged")
 
 
 @each_script
