@@ -222,7 +222,8 @@ def write(rows, runs, folder, name, across="", page="README.md"):
     lines = [columns, ["---"] * len(columns)]
     lines += [[text(row.get(column, "")) for column in columns] for row in wide.values()]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    table += f"\n\n{seeds(runs).capitalize()}."
+    brackets = "; in brackets the 95% bootstrap interval" if " [" in table else ""
+    table += f"\n\n{seeds(runs).capitalize()}{brackets}."
     print(f"\n{name}\n\n{table}\n")
     if (page := folder / page).exists():
         marked = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
