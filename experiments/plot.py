@@ -51,7 +51,7 @@ VARIANTS = {"": "", "sensitivity": "", "authors_next_value": ", authors' next va
 VARIANTS |= {"cut_last_episode": ", last episode cut", "prioritised": ", prioritised replay"}
 VARIANTS |= {"no_previous_action": ", no previous action", "burn_in": ", burn-in", "separate_memories": ", separate"}
 
-IN_README = ["RepeatPreviousMedium", "RepeatPreviousHard", "RepeatFirstMedium", "CountRecallEasy", "HigherLowerEasy"]
+IN_README = ["RepeatPreviousMedium", "RepeatPreviousHard", "RepeatFirstHard", "CountRecallEasy", "HigherLowerEasy"]
 IN_README += ["MultiarmedBanditEasy", "PositionOnlyCartPoleHard", "NoisyPositionOnlyCartPoleEasy", "AutoencodeEasy"]
 IN_README += ["PositionOnlyPendulumEasy"]
 NOT_IN_README = ["ppo_tbb, LRU + minGRU, 1,000,000 steps", "ppo_tbb, 2 LRU + minGRU, 250,000 steps"]

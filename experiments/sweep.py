@@ -68,6 +68,7 @@ MINES = [task for task in POPGYM if "MineSweeper" in task]  # episodes of five o
 BANDITS = [task for task in POPGYM if "Bandit" in task]  # episodes of 200 to 600 steps
 GAMES = [task for task in POPGYM if task.startswith(("Battle", "Concentration"))]
 ANSWERS = [task for task in POPGYM if task not in (*HIDDEN, *MINES, *BANDITS, *GAMES)]  # actions change only rewards
+FIRST = [task for task in ANSWERS if task.startswith("RepeatFirst")]  # a card is held for the whole episode
 MORE_ANSWERS = [task for task in MORE_TASKS if task in ANSWERS]
 PENDULUMS = [f"{noise}PositionOnlyPendulum{level}" for noise in ("", "Noisy") for level in ("Easy", "Medium", "Hard")]
 ROBOTS = [f"experiments.partial_mujoco:{robot}" for robot in ("Hopper", "Walker2d", "HalfCheetah")]
@@ -82,6 +83,7 @@ MANY = ["--num-envs", "128"]  # where episodes have a handful of steps
 FOUR_EACH = ["--num-envs", "64", "--num-minibatches", "16", "--learning-rate", "5e-4"]  # for longer runs
 FRESH = ["--num-envs", "1", "--train-frequency", "5"]  # episodes of 1,000 steps: the policy changes after each
 SHORT_MEMORY = ["--memory-kwargs", "horizon", "2", "num_layers", "1"]  # enough for velocities: see sac.md
+LONG_MEMORY = ["--memory-kwargs", "horizon", "10000"]  # for episodes of up to 831 steps
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
 
 
@@ -107,12 +109,13 @@ def t_mazes(script, n, episodes):
     ]
 
 
-def popgym_ppo(steps, memory, answers):
-    """All tasks of POPGym, with the arguments of each family; answers: those of ANSWERS."""
-    short = ["--gae-lambda", "0.5"]
+def popgym_ppo(steps, memory, answers, first=()):
+    """All tasks of POPGym, with the arguments of each family; answers: those of ANSWERS; first: more for FIRST."""
+    short, answers = ["--gae-lambda", "0.5"], ["--gamma", "0", *answers]
     families = [
         (HIDDEN, []),
-        (ANSWERS, ["--gamma", "0", *answers]),
+        ([task for task in ANSWERS if task not in FIRST], answers),
+        (FIRST, [*answers, *first]),
         (MINES, [*short, *MANY]),
         (BANDITS, ["--gamma", "0.5", *short, *FEW]),
         (GAMES, ["--gamma", "0.5", *short, *ONE_EACH]),
@@ -159,7 +162,8 @@ EXPERIMENTS = {
     ],
     "popgym": [
         *popgym_ppo(250_000, ["none", "lru", "mingru", "lru mingru", "lru lru mingru"], ONE_EACH),
-        *popgym_ppo(1_000_000, ["lru mingru", "lru lru mingru"], FOUR_EACH),
+        *popgym_ppo(1_000_000, ["lru mingru"], FOUR_EACH),
+        *popgym_ppo(1_000_000, ["lru lru mingru"], FOUR_EACH, LONG_MEMORY),
         dict(script=[PPO], task=dict.fromkeys(ANSWERS, 1_000_000), memory=["lru"])
         | dict(flags=["--gamma", "0", *FOUR_EACH]),
         dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
