@@ -265,7 +265,7 @@ class Tape:
 
 
 def update(agent, target_agent, optimizer, batch, args):
-    """y = r + gamma (1 - terminated) (min_i Q_target_i(s', a') - alpha log pi(a'|s')), where a' ~ pi(s')."""
+    """y = r / scale + gamma (1 - terminated) (min_i Q_target_i(s', a') - alpha log pi(a'|s')), where a' ~ pi(s')."""
     rows, t = batch
     inputs = (rows.obs, rows.action.roll(1, 0), rows.start, agent.memory.initial_state(rows.start.shape[1]))
     x, _ = agent(*inputs)  # (R, 1, d_model), of the history up to obs; the critics take the action as well
