@@ -353,8 +353,8 @@ ALGORITHM = [
     ("    return [Rows(", 'if __name__ == "__main__":'),  # network, tape, update
     ("    try:", "        for name, learner in"),
     ('            learner.load_state_dict(saved["learners"]', "        if not args.evaluate"),
-    ('        fail(f"{path if saved', "    if args.evaluate:"),
-    ("    if args.evaluate:", "        eval_envs.close()"),
+    ('        fail(f"{path if saved', "    if finished := "),
+    ("    if finished := ", "        eval_envs.close()"),
     ('        optimizer.param_groups[0]["lr"]', "        lengths = "),
     ("        iteration, global_step =", "        finished = global_step"),
     ("        if evaluated := ", "        seconds = "),
@@ -377,8 +377,8 @@ ACTOR = [
     ("    def __init__(self, args, envs, device)", "        self.rows = Rows("),  # actions
     ('        self.index, self.end = state["index"]', 'if __name__ == "__main__":'),  # update
     ("        q_network = ", "        for name, learner in"),
-    ('        fail(f"{path if saved', "    if args.evaluate:"),
-    ("    if args.evaluate:", "        eval_envs.close()"),
+    ('        fail(f"{path if saved', "    if finished := "),
+    ("    if finished := ", "        eval_envs.close()"),
     ("        # ALGO LOGIC: play whole episodes", "        for episode in episodes:"),
     ("            buffer.add(episode)", "        lengths = "),  # the scale of the rewards
     ("        iteration, global_step =", '        metrics["charts/episodic_return"]'),
