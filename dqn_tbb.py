@@ -339,7 +339,7 @@ if __name__ == "__main__":
         fail(f"{path if saved else 'cannot start'}: {' '.join(str(error).split())[:300]}")  # arguments, shapes, no room
     compiled = partial(torch.compile, mode="reduce-overhead", dynamic=False, recompile_limit=64)  # once for each size
     networks = [compiled(x) if args.compile else x for x in (q_network, target_network)]
-    if finished := bool(args.evaluate) or global_step >= args.total_timesteps:
+    if finished := (bool(args.evaluate) or global_step >= args.total_timesteps):
         returns = evaluate(eval_envs, q_network, args)
         eval_envs.close()  # writes the video
         eval_return = returns.mean().item()

@@ -337,7 +337,7 @@ if __name__ == "__main__":
     except (ArithmeticError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         fail(f"{path if saved else 'cannot start'}: {' '.join(str(error).split())[:300]}")  # arguments, shapes, no room
     network = torch.compile(agent, mode="reduce-overhead", dynamic=False, recompile_limit=64) if args.compile else agent
-    if finished := bool(args.evaluate) or global_step >= args.total_timesteps:
+    if finished := (bool(args.evaluate) or global_step >= args.total_timesteps):
         returns = evaluate(eval_envs, agent, args)
         eval_envs.close()  # writes the video
         eval_return = returns.mean().item()

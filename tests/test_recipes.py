@@ -424,8 +424,10 @@ def test_acting_in_a_loop_of_your_own(script, play, tmp_path):
             code = code.replace(old, new)
     assert play(script, *flags(script))[0] == 0
     checkpoint_of(tmp_path).rename(tmp_path / "checkpoint.pt")
-    rng = np.random.default_rng(7)  # as in `collect`
-    *_, seed = [rng.integers(2**32) for _ in range(3)], rng.integers(2**31, size=1).tolist()
+    rng = np.random.default_rng(7)  # `collect` seeds the environment with its fourth number
+    for _ in range(3):
+        rng.integers(2**32)
+    seed = rng.integers(2**31, size=1).tolist()
     played = {}
     exec(code.replace("envs.reset()", f"envs.reset(seed={seed})"), played)
     greedy = {"epsilon": 0.0} if script is dqn_tbb else {"greedy": True}
