@@ -203,8 +203,7 @@ class QNetwork(nn.Module):
         self.encoder = nn.Sequential(nn.Linear(features, d), nn.GELU(), nn.Linear(d, d))
         self.memory = make_memory(args.memory, d, **args.memory_kwargs)
         self.head = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 1 + self.num_actions))
-        # Q starts near 0, so early targets are rewards, not initialisation noise
-        nn.init.orthogonal_(self.head[-1].weight, 0.01)
+        nn.init.orthogonal_(self.head[-1].weight, 0.01)  # Q starts near 0, so that early targets are rewards, not noise
         nn.init.zeros_(self.head[-1].bias)
 
     def forward(self, obs, previous_action, start, state):
@@ -218,6 +217,8 @@ class QNetwork(nn.Module):
 
 def policy(q_network, obs, previous_action, start, state, epsilon):
     q, state = q_network(obs, previous_action, start, state)  # (1, N, num_actions)
+    if not torch.isfinite(q).all():
+        fail("the network's output is not finite; checkpoints are unchanged")
     explore = torch.rand(q.shape[1], device=q.device) < epsilon
     random_action = torch.randint(q.shape[2], (q.shape[1],), device=q.device)
     return torch.where(explore, random_action, q[0].argmax(-1)), state  # (N,)
@@ -246,9 +247,8 @@ class Segments:
             self.end += 1
 
     def sample(self, batch_size, rng):
-        """batch_size // L segments drawn uniformly, with replacement.
-
-        Returns rows (L + 1, B), played (L, B), False on padding, and mask (L, B), False on padding and on the burn-in.
+        """batch_size // L segments, drawn uniformly with replacement: rows (L + 1, B); played (L, B), False on padding;
+        mask (L, B), False on padding and on the burn-in.
         """
         drawn = rng.integers(len(self.index), size=batch_size // self.length)
         rows = Rows(*(ring[drawn].transpose(0, 1) for ring in self.rows))
@@ -301,23 +301,22 @@ def evaluate(envs, q_network, args):
 
 if __name__ == "__main__":
     args, saved, script = tyro.cli(Args, description=__doc__), None, os.path.basename(__file__)
-    if path := args.resume or args.evaluate:
-        try:
+    try:
+        if path := args.resume or args.evaluate:
             saved = torch.load(path, map_location="cpu", weights_only=True)  # safe to load untrusted files
             if saved["script"] != script:
                 fail(f"{path} is a checkpoint of {saved['script']}")
             defaults = Args(**saved["args"])
-        except Exception as error:  # a damaged file can raise anything
-            fail(f"{path} is not a complete checkpoint of {script} ({type(error).__name__})")
-        if ":" in defaults.env_id and args.env_id == Args.env_id:
-            fail(f"{path} imports a module: add --env-id {defaults.env_id} if you trust it")
-        args = tyro.cli(Args, description=__doc__, default=replace(defaults, env_kwargs={}, memory_kwargs={}))
-        args.env_kwargs = defaults.env_kwargs | args.env_kwargs  # the command line may change some of them
-        args.memory_kwargs = defaults.memory_kwargs | args.memory_kwargs
-    args.check()
+            if ":" in defaults.env_id and args.env_id == Args.env_id:
+                fail(f"{path} imports a module: add --env-id {defaults.env_id} if you trust it")
+            args = tyro.cli(Args, description=__doc__, default=replace(defaults, env_kwargs={}, memory_kwargs={}))
+            args.env_kwargs = defaults.env_kwargs | args.env_kwargs  # the command line may change some of them
+            args.memory_kwargs = defaults.memory_kwargs | args.memory_kwargs
+        args.check()
+    except Exception as error:  # a damaged file can raise anything
+        fail(f"{path} is not a complete checkpoint of {script} ({type(error).__name__})")
     torch.set_num_threads(torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else 1)  # tensors are small
-    # freeing this makes glibc keep memory for the next update (mallopt(3), M_MMAP_THRESHOLD): a tenth less time
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freeing it makes glibc keep memory (mallopt(3)): a tenth less time
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     torch.manual_seed(args.seed)
     envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes, args.capture_video)
@@ -349,7 +348,7 @@ if __name__ == "__main__":
         print(f"step {global_step:,} of {args.total_timesteps:,}; tensorboard --logdir {writer.log_dir}", flush=True)
     start_time, shown, signals = time.time() - seconds, time.time(), []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the iteration, a second one stops at once
-        signal.signal(number, lambda n, frame: signal.default_int_handler(n, frame) if signals else signals.append(n))
+        signal.signal(number, lambda n, frame: sys.exit(128 + n) if signals else signals.append(n))
     while not finished:
         # ALGO LOGIC: play whole episodes with the current weights
         progress, evaluations = global_step / args.total_timesteps, global_step // args.eval_frequency

@@ -178,8 +178,10 @@ class _LinearRecurrence(torch.autograd.Function):
     def backward(ctx, grad):
         decay, initial, start, h = ctx.saved_tensors
         first, shift = (-1, 1) if ctx.reverse else (0, -1)
-        next_start = None if start is None else start.roll(shift, 0)
         next_decay = decay.roll(shift, 0).conj().resolve_conj()
+        next_start = None if start is None else start.roll(shift, 0)
+        if start is not None:
+            next_start[~first] = True  # nothing follows, but the first row's decay, which may be NaN, was rolled there
         grad_x = _LinearRecurrence.run(next_decay, grad, torch.zeros_like(initial), next_start, not ctx.reverse)
         grad_initial, grad_decay = grad_x[first] * decay[first].conj(), None
         if start is not None:
@@ -209,12 +211,13 @@ def discounted_return(gamma, reward, done, next_value=None):
         G_t = r_t + gamma * next_value_t    where done_t or t = T-1
         G_t = r_t + gamma * G_{t+1}         elsewhere
 
-    gamma: the discount, a float or a tensor that broadcasts; reward (T, ...) float; done (T, ...) bool: the episode
-    ended here, terminated or truncated; next_value (T, ...): the value of the state that follows, read only where a row
-    is done or the last (None: zero). Pass 0 there for a terminal state. Returns G (T, ...). Section 4.2 of the paper.
+    gamma: the discount, a float or a tensor that broadcasts; reward (T, ...) float; done bool, of the shape of reward
+    or its leading dimensions: the episode ended here, terminated or truncated; next_value (T, ...): the value of the
+    state that follows, read only where a row is done or the last (None: zero). Pass 0 there for a terminal state.
+    Returns G (T, ...). Section 4.2 of the paper.
     """
     if next_value is not None:
-        ends = done.bool().clone()
+        ends = _expand(done, reward).bool().clone()
         ends[-1] = True
         reward = reward + gamma * torch.where(ends, next_value, 0)
     # backwards in time, an episode starts where it is done
@@ -228,12 +231,15 @@ def gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
         A_t = delta_t + gamma * lmbda * (1 - done_t) * A_{t+1}
 
     gamma, lmbda: floats or tensors that broadcast; value, next_value, reward (T, ...) float: next_value is the value of
-    the state that follows row t, read only where not terminated; done (T, ...) bool: the episode ended here, terminated
-    or truncated; terminated (T, ...) bool: it ended in a terminal state (None: wherever done). The last row bootstraps
-    from next_value unless terminated. Returns A (T, ...); returns-to-go are A + value.
+    the state that follows row t, read only where not terminated; done bool, of their shape or its leading dimensions:
+    the episode ended here, terminated or truncated; terminated, likewise: it ended in a terminal state (None: wherever
+    done). The last row bootstraps from next_value unless terminated. Returns A (T, ...); returns-to-go are A + value.
+    ValueError if the shapes of value, next_value and reward differ.
     """
-    terminated = done if terminated is None else terminated
-    delta = reward + gamma * torch.where(terminated.bool(), 0, next_value) - value
+    if not value.shape == next_value.shape == reward.shape:
+        raise ValueError(f"gae: shapes differ: {value.shape}, {next_value.shape} and {reward.shape}")
+    terminated = _expand(done if terminated is None else terminated, reward).bool()
+    delta = reward + gamma * torch.where(terminated, 0, next_value) - value
     return linear_recurrence(gamma * lmbda * delta.new_ones(1), delta, reverse=True, start=done)
 
 

@@ -211,7 +211,10 @@ class Agent(nn.Module):
 
 def policy(agent, obs, previous_action, start, state, greedy):
     x, state = agent(obs, previous_action, start, state)
-    return agent.sample(x, torch.randn_like(previous_action) * (not greedy))[0][0], state  # (N, k)
+    action = agent.sample(x, torch.randn_like(previous_action) * (not greedy))[0][0]  # (N, k)
+    if not torch.isfinite(action).all():
+        fail("the network's output is not finite; checkpoints are unchanged")
+    return action, state
 
 
 class Tape:
@@ -240,8 +243,7 @@ class Tape:
         """Episodes drawn uniformly, with replacement, until they hold batch_size transitions; the last is kept whole.
 
         Returns rows (R, 1) and t (n,), the rows that hold a transition: not an episode's last, nor padding (--compile).
-        Every transition has the same expected number of draws (Wald's identity), but the loss is a mean over n, which
-        varies: those of long episodes weigh less, by a fifth in batches of 500 with episodes of up to 1,000.
+        All transitions have the same expected number of draws, but weigh less in a mean over n if n is large.
         """
         at, transitions = [], 0
         while transitions < batch_size:
@@ -269,8 +271,7 @@ def update(agent, target_agent, optimizer, batch, args):
     rows, t = batch
     inputs = (rows.obs, rows.action.roll(1, 0), rows.start, agent.memory.initial_state(rows.start.shape[1]))
     x, _ = agent(*inputs)  # (R, 1, d_model), of the history up to obs; the critics take the action as well
-    # drawn once for every row, as this state's action and as the next state's; only the critics train the memory
-    action, logprob = agent.sample(x.detach(), torch.randn_like(rows.action))
+    action, logprob = agent.sample(x.detach(), torch.randn_like(rows.action))  # only the critics train the memory
     alpha, entropy = agent.log_alpha.exp(), -logprob[t].detach().mean()
     with torch.no_grad():
         value = target_agent.q_values(target_agent(*inputs)[0], action).amin(-1) - alpha * logprob
@@ -301,23 +302,22 @@ def evaluate(envs, agent, args):
 
 if __name__ == "__main__":
     args, saved, script = tyro.cli(Args, description=__doc__), None, os.path.basename(__file__)
-    if path := args.resume or args.evaluate:
-        try:
+    try:
+        if path := args.resume or args.evaluate:
             saved = torch.load(path, map_location="cpu", weights_only=True)  # safe to load untrusted files
             if saved["script"] != script:
                 fail(f"{path} is a checkpoint of {saved['script']}")
             defaults = Args(**saved["args"])
-        except Exception as error:  # a damaged file can raise anything
-            fail(f"{path} is not a complete checkpoint of {script} ({type(error).__name__})")
-        if ":" in defaults.env_id and args.env_id == Args.env_id:
-            fail(f"{path} imports a module: add --env-id {defaults.env_id} if you trust it")
-        args = tyro.cli(Args, description=__doc__, default=replace(defaults, env_kwargs={}, memory_kwargs={}))
-        args.env_kwargs = defaults.env_kwargs | args.env_kwargs  # the command line may change some of them
-        args.memory_kwargs = defaults.memory_kwargs | args.memory_kwargs
-    args.check()
+            if ":" in defaults.env_id and args.env_id == Args.env_id:
+                fail(f"{path} imports a module: add --env-id {defaults.env_id} if you trust it")
+            args = tyro.cli(Args, description=__doc__, default=replace(defaults, env_kwargs={}, memory_kwargs={}))
+            args.env_kwargs = defaults.env_kwargs | args.env_kwargs  # the command line may change some of them
+            args.memory_kwargs = defaults.memory_kwargs | args.memory_kwargs
+        args.check()
+    except Exception as error:  # a damaged file can raise anything
+        fail(f"{path} is not a complete checkpoint of {script} ({type(error).__name__})")
     torch.set_num_threads(torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else 1)  # tensors are small
-    # freeing this makes glibc keep memory for the next update (mallopt(3), M_MMAP_THRESHOLD): a tenth less time
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freeing it makes glibc keep memory (mallopt(3)): a tenth less time
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     torch.manual_seed(args.seed)
     envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes, args.capture_video)
@@ -349,7 +349,7 @@ if __name__ == "__main__":
         print(f"step {global_step:,} of {args.total_timesteps:,}; tensorboard --logdir {writer.log_dir}", flush=True)
     start_time, shown, signals = time.time() - seconds, time.time(), []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the iteration, a second one stops at once
-        signal.signal(number, lambda n, frame: signal.default_int_handler(n, frame) if signals else signals.append(n))
+        signal.signal(number, lambda n, frame: sys.exit(128 + n) if signals else signals.append(n))
     while not finished:
         # ALGO LOGIC: play whole episodes with the current weights
         evaluations = global_step // args.eval_frequency

@@ -387,12 +387,14 @@ def test_recurrence_saves_only_decay_and_output(T, reverse, decay):
 @pytest.mark.parametrize("T", [9, 40, 100])
 def test_nan_does_not_cross_a_start(T, reverse, kind, first, bad):
     """Of three episodes, the first or the last is damaged, and so are the decays at starts, which have no effect. The
-    second episode stays clean, gradients included.
+    second stays clean, and after a damaged first one the last, gradients included.
     """
     t, inputs = torch.arange(T), [normal(T, 2, dtype=dtype) for dtype in KINDS[kind]]
     inputs.append(normal(2, dtype=inputs[1].dtype))
     start, first_row = (t == T // 3) | (t == T // 2), T - 1 if reverse else 0
-    second = (t > T // 3) & (t <= T // 2) if reverse else (t >= T // 3) & (t < T // 2)
+    after_first = t <= T // 2 if reverse else t >= T // 3
+    before_last = t > T // 3 if reverse else t < T // 2
+    clean = after_first if first else after_first & before_last
     damaged = [x.detach().clone() for x in inputs]
     for x in damaged[:2]:
         x[first_row if first else T - 1 - first_row] = bad
@@ -401,8 +403,8 @@ def test_nan_does_not_cross_a_start(T, reverse, kind, first, bad):
     results = []
     for tensors in inputs, [x.requires_grad_() for x in damaged]:
         h = linear_recurrence(*tensors, reverse, start)
-        gradients = torch.autograd.grad(h[second].abs().square().sum(), tensors[:2])
-        results.append([x[second] for x in (h, *gradients)])
+        gradients = torch.autograd.grad(h[clean].abs().square().sum(), tensors[:2])
+        results.append([x[clean] for x in (h, *gradients)])
     assert not h[first_row if first else T - 1 - first_row].isfinite().any()
     assert_close(*results)
 
@@ -499,6 +501,21 @@ def test_next_value_is_read_only_where_it_bootstraps(shape, last):
         assert_close(path(holes), path(next_value))
         gradient = lambda v: torch.autograd.grad(path(v).sum(), [v, reward])
         assert_close(gradient(holes), gradient(next_value))
+
+
+def test_one_done_for_all_sequences():
+    value, next_value, reward = normal(5, 5), normal(5, 5), normal(5, 5)  # square: a transposed done would fit
+    done, terminated = ends((5,), False)
+    wide = [x[:, None].expand(5, 5) for x in (done, terminated)]
+    assert_close(discounted_return(0.9, reward, done), discounted_return(0.9, reward, wide[0]))
+    assert_close(*(discounted_return(0.9, reward, x, next_value) for x in (done, wide[0])))
+    assert_close(*(gae(0.9, 0.8, value, next_value, reward, *x) for x in ((done, terminated), wide)))
+
+
+def test_gae_refuses_shapes_that_differ():
+    value, next_value, reward, done = torch.zeros(4, 1), torch.zeros(4, 1), torch.zeros(4), torch.zeros(4)
+    with pytest.raises(ValueError, match="shapes differ"):
+        gae(0.9, 0.8, value, next_value, reward, done)
 
 
 def test_discounted_return_by_hand():
@@ -679,8 +696,9 @@ def test_start_discards_the_previous_state(name, T):
 
 
 @each_memory
-def test_nan_in_x_does_not_cross_a_start(name):
-    """Row 5 is NaN. Its episode ends with row 29, there is none in the next, forward or back, nor where a GRU pads."""
+@pytest.mark.parametrize("bad", [0, 5])
+def test_nan_in_x_does_not_cross_a_start(name, bad):
+    """A row is NaN. Its episode ends with row 29, there is none in the next, forward or back, nor where a GRU pads."""
     memory = memory_of(name)
     x, start = normal(50, 2, D), torch.arange(50)[:, None].expand(50, 2) == 30
 
@@ -688,10 +706,10 @@ def test_nan_in_x_does_not_cross_a_start(name):
         y, _ = memory(x, memory.initial_state(2), start)
         return y, torch.autograd.grad(y[30:].square().sum(), x)[0]
 
-    y, gradient = run(x.detach().index_fill(0, torch.tensor(5), math.nan).requires_grad_())
+    y, gradient = run(x.detach().index_fill(0, torch.tensor(bad), math.nan).requires_grad_())
     clean, clean_gradient = run(x)
-    assert y[5].isnan().all() and (name == "none" or y[5:30].isnan().all())
-    assert_close((y[:5], y[30:], gradient[30:]), (clean[:5], clean[30:], clean_gradient[30:]))
+    assert y[bad].isnan().all() and (name == "none" or y[bad:30].isnan().all())
+    assert_close((y[:bad], y[30:], gradient[30:]), (clean[:bad], clean[30:], clean_gradient[30:]))
 
 
 @pytest.mark.parametrize("name", CELLS)

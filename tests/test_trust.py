@@ -210,6 +210,16 @@ def test_checkpoint_of_another_network_is_refused(script, flag, play, trained, t
 
 
 @each_script
+def test_checkpoint_with_arguments_of_other_types_is_refused(script, play, trained, tmp_path):
+    trained(script)
+    path = checkpoint_of(tmp_path)
+    checkpoint = load(path)
+    for wrong in (dict(gamma="x"), dict(seed=None), dict(env_id=3), dict(memory_kwargs=3)):
+        torch.save(checkpoint | {"args": checkpoint["args"] | wrong}, path)
+        assert_refused(play(script, "--resume", path), str(path), "not a complete checkpoint")
+
+
+@each_script
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 def test_checkpoint_imports_no_module_unasked(script, flag, play, trained, tmp_path, monkeypatch):
     trained(script)
@@ -316,9 +326,12 @@ def test_broken_environment_leaves_a_checkpoint_that_resumes(script, what, play,
     assert play(script, "--resume", path)[0] == 0 and outcome(path) == outcome(checkpoint_of(tmp_path / "whole"))
 
 
-def test_policy_that_is_not_finite_is_refused(play, tmp_path):
-    more = ["--learning-rate", 1e30, "--num-minibatches", 1, "--update-epochs", 1]  # then there is no next loss
-    assert_refused(play(ppo_tbb, *flags(ppo_tbb, *more)), "not finite", "unchanged")
+@each_script
+def test_network_that_is_not_finite_is_refused(script, play, tmp_path):
+    last = "--num-minibatches 1 --update-epochs 1" if script is ppo_tbb else "--learning-starts 399 --train-frequency 999"
+    more = ["--learning-rate", 1e30, "--eval-frequency", 1000, *last.split()]  # one update: there is no further loss
+    assert_refused(play(script, *flags(script, *more)), "not finite", "unchanged")
+    assert not [*tmp_path.glob("runs/*/checkpoint.pt")]
 
 
 @each_script
