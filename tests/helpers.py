@@ -1,5 +1,6 @@
 """Environments in which a test may do what it likes, and how to run a script in this process."""
 
+import re
 import runpy
 import shutil
 import signal
@@ -208,3 +209,10 @@ def assert_refused(result, *words, lines=1):
     message = " ".join(err.replace("│", " ").split())
     for word in words:
         assert word in message
+
+
+def final(out):
+    """(global_step, eval_return, eval_episodes) in the last line."""
+    line = r"final: global_step=(\d+) eval_return=(-?\d+\.\d+) eval_episodes=(\d+) seconds=\d+\.\d+"
+    step, eval_return, episodes = re.fullmatch(line, out.splitlines()[-1]).groups()
+    return int(step), float(eval_return), int(episodes)

@@ -212,6 +212,13 @@ def test_buffer_is_restored_from_its_state(script, more):
             make_buffer(script, buffer_size=size, **more).load_state_dict(state)
 
 
+@pytest.mark.parametrize("script, more", [(dqn_tbb, {}), (dqn_sbb, {"segment_length": 7})], ids=["tbb", "sbb"])
+def test_state_holds_only_what_is_used(script, more):
+    buffer = make_buffer(script, buffer_size=100, **more)
+    buffer.add(make_episode(np.random.default_rng(0), 5))
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in buffer.state_dict()["rows"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
@@ -321,6 +328,53 @@ def test_padding_does_not_affect_the_loss(memory):
         assert not torch.equal(garbage.obs, rows.obs)
         dirty = loss_and_gradient(dqn_sbb, args, *networks, (garbage, played, mask))
         torch.testing.assert_close(dirty, clean, rtol=1e-12, atol=1e-15)  # GRU runs its pieces in another order
+
+
+def test_target_network_moves_by_tau():
+    args, q_network, target_network = make_networks(tau=0.3)
+    rows, t = concatenate([make_episode(np.random.default_rng(0), 9)])
+    rows = Rows(*(x.double() if x.is_floating_point() else x for x in rows))
+    before, after = copy.deepcopy(target_network), target_network
+    dqn_tbb.update(q_network, target_network, Still(q_network), (rows, t), args)
+    for old, new, q in zip(before.parameters(), after.parameters(), q_network.parameters()):
+        torch.testing.assert_close(new, 0.7 * old + 0.3 * q)
+
+
+def test_policy_explores_with_probability_epsilon():
+    """Frequencies of 20,000 actions on the same observation: a share of epsilon is uniform, the others are the best."""
+    _, q_network, _ = make_networks()
+    obs, start = torch.ones(1, 20_000, 4).double(), torch.ones(1, 20_000, dtype=torch.bool)
+    inputs = obs, torch.zeros(1, 20_000, dtype=torch.long), start, q_network.memory.initial_state(20_000)
+    with torch.no_grad():
+        q, _ = q_network(*inputs)
+        action, _ = dqn_tbb.policy(q_network, *inputs, epsilon=0.3)
+    expected = 0.7 * torch.eye(2)[q[0, 0].argmax()] + 0.3 / 2
+    torch.testing.assert_close(torch.bincount(action, minlength=2) / 20_000, expected, rtol=0, atol=0.02)
+
+
+def test_metrics_leave_out_padding():
+    episodes = [make_episode(np.random.default_rng(n), n) for n in (3, 7, 2)]
+    segments, metrics = make_buffer(dqn_sbb, segment_length=7, buffer_size=70), []
+    for episode in episodes:
+        segments.add(episode)
+    for script, batch in (dqn_tbb, concatenate(episodes)), (dqn_sbb, everything(segments)):
+        args, *networks = make_networks()
+        metrics.append(script.update(*(x.float() for x in networks), Still(networks[0]), batch, args))
+    torch.testing.assert_close(metrics[1].pop("losses/padding"), torch.tensor(1 - 12 / 21))
+    torch.testing.assert_close(*metrics, rtol=1e-4, atol=1e-5)
+
+
+def test_q_begins_near_0_and_its_mean_over_actions_is_the_value():
+    torch.manual_seed(0)
+    args = dqn_tbb.Args(env_id="CartPole-v1")
+    q_network = dqn_tbb.QNetwork(dqn_tbb.make_envs(args, 1), args)
+    obs, start = torch.randn(1, 50, 4), torch.ones(1, 50, dtype=torch.bool)
+    q, _ = q_network(obs, torch.zeros(1, 50, dtype=torch.long), start, q_network.memory.initial_state(50))
+    assert 0 < q.abs().max() < 0.2
+    heads = []
+    q_network.head.register_forward_hook(lambda head, inputs, y: heads.append(y))
+    q, _ = q_network(obs, torch.zeros(1, 50, dtype=torch.long), start, q_network.memory.initial_state(50))
+    torch.testing.assert_close(q.mean(-1), heads[0][..., 0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

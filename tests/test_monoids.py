@@ -409,6 +409,12 @@ def test_nan_does_not_cross_a_start(T, reverse, kind, first, bad):
     assert_close(*results)
 
 
+@either_way
+def test_recurrence_promotes_to_the_dtype_of_initial(reverse):
+    inputs = normal(2), normal(9, 3, 2), normal(3, 2, dtype=COMPLEX)
+    same(linear_recurrence(*inputs, reverse), loop(*inputs, reverse), inputs)
+
+
 def test_recurrence_refuses_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match="at least one row"):
         linear_recurrence(torch.ones(2), torch.ones(0, 2))
@@ -516,6 +522,12 @@ def test_gae_refuses_shapes_that_differ():
     value, next_value, reward, done = torch.zeros(4, 1), torch.zeros(4, 1), torch.zeros(4), torch.zeros(4)
     with pytest.raises(ValueError, match="shapes differ"):
         gae(0.9, 0.8, value, next_value, reward, done)
+
+
+def test_return_leaves_its_inputs():
+    reward, done, next_value = torch.ones(3), torch.tensor([True, False, False]), torch.ones(3)
+    discounted_return(0.5, reward, done, next_value)
+    assert done.tolist() == [True, False, False] and (reward == 1).all() and (next_value == 1).all()
 
 
 def test_discounted_return_by_hand():
@@ -693,6 +705,19 @@ def test_start_discards_the_previous_state(name, T):
     clean = memory(x, memory.initial_state(3), start)
     for garbage in garbage, tree_map(lambda h: h * math.nan, garbage):
         assert_close(memory(x, garbage, start), clean, rtol=0, atol=0)
+
+
+def test_memory_is_a_stack_of_gated_residual_blocks():
+    """x + GLU(W gelu(norm(cell(norm(x))))), layer by layer."""
+    memory = memory_of("stack")
+    for p in memory.norms.parameters():
+        torch.nn.init.normal_(p)  # they begin equal
+    x, start, state = normal(9, 2, D), starts(9, 2), used_state(memory, 2)
+    y, before, after = x, memory.norms[::2], memory.norms[1::2]
+    for cell, norm, norm2, gate, h in zip(memory.cells, before, after, memory.gates, state):
+        a, b = gate(F.gelu(norm2(cell(norm(y), h, start)[0]))).chunk(2, -1)
+        y = y + a * torch.sigmoid(b)
+    same(memory(x, state, start)[0], y, [x, *memory.parameters()])
 
 
 @each_memory
@@ -955,8 +980,22 @@ def test_ffm_equations():
     same(run(cell, x), torch.stack(y), [x, *cell.parameters()])
 
 
-def test_ffm_initial_decays_and_periods():
-    horizon, beta = 64, 0.05
+def test_lru_phases_reach_max_phase():
+    theta = monoids.LRUCell(D, d_state=1000, max_phase=0.1).theta
+    assert 0.09 < theta.max() < 0.1
+
+
+def test_lru_readout_has_the_variance_of_its_state():
+    cell = monoids.LRUCell(256, d_state=256, horizon=100)
+    h = torch.randn(200, 1, 256, dtype=torch.complex64)  # of variance 1
+    with torch.no_grad():
+        y = cell.readout(h, torch.zeros(200, 1, 256))
+    assert y.square().mean() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("horizon", [64, 500])
+def test_ffm_initial_decays_and_periods(horizon):
+    beta = 0.05
     cell = monoids.FFMCell(D, num_traces=8, num_frequencies=3, horizon=horizon, beta=beta)
     decay, _ = cell.lift(torch.zeros(1, 1, D))  # (m, c)
     remembered = decay.abs().double() ** horizon

@@ -180,3 +180,49 @@ def test_padding_of_a_minibatch_does_not_affect_the_loss():
         assert (len(minibatch[1]) % 64 == 0) == args.compile
         losses.append(ppo_tbb.update(agent, Still(), minibatch, args))
     torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("action_kind", range(3), ids=["discrete", "multidiscrete", "box"])
+@pytest.mark.parametrize("norm_adv, clip_vloss", [(True, True), (False, False)])
+def test_loss_equals_its_definition(action_kind, norm_adv, clip_vloss):
+    """With weights that have moved since the episodes were played, so that some ratios and values are clipped."""
+    flags = {"norm_adv": norm_adv, "clip_vloss": clip_vloss}
+    args, agent, _, rows = play(action_kind=action_kind, ent_coef=0.1, vf_coef=0.3, max_grad_norm=1e9, **flags)
+    batch = ppo_tbb.compute_advantages(agent, rows, args)
+    with torch.no_grad():
+        for p in agent.parameters():
+            p += 0.03 * torch.randn_like(p)
+    agent.zero_grad()
+    metrics = ppo_tbb.update(agent, Still(), batch, args)
+    parameters = {name: p for name, p in agent.named_parameters() if p.grad is not None}
+    gradient = {name: p.grad.clone() for name, p in parameters.items()}
+
+    heads, logprob, value = ppo_tbb.forward_tape(agent, rows)
+    t = ppo_tbb.transitions(rows)
+    old_logprob, old_value, advantage = (x[t] for x in batch[1:])
+    ratio, target = (logprob[t] - old_logprob).exp(), old_value + advantage
+    moved = (value[t] - old_value).clamp(-0.2, 0.2)
+    squares = [(value[t] - target) ** 2] + [(old_value + moved - target) ** 2] * clip_vloss
+    if norm_adv:
+        advantage = (advantage - advantage.mean()) / advantage.var(correction=0).sqrt()
+    allowed = torch.where(advantage > 0, ratio.clamp(max=1.2), ratio.clamp(min=0.8))  # no reward for moving further
+    expected = {
+        "policy_loss": -(allowed * advantage).mean(),
+        "value_loss": torch.stack(squares).amax(0).mean() / 2,
+        "entropy": sum(head.entropy()[t] for head in heads).mean(),
+        "old_approx_kl": -ratio.log().mean(),
+        "approx_kl": (ratio - 1 - ratio.log()).mean(),
+        "clipfrac": ((ratio < 0.8) | (ratio > 1.2)).float().mean(),
+    }
+    torch.testing.assert_close(metrics, {f"losses/{name}": x.detach() for name, x in expected.items()})
+    assert 0.02 < expected["clipfrac"] < 0.98 and (moved.abs() == 0.2).any()
+    loss = expected["policy_loss"] + 0.3 * expected["value_loss"] - 0.1 * expected["entropy"]
+    slow = torch.autograd.grad(loss, parameters.values())
+    torch.testing.assert_close(gradient, dict(zip(parameters, slow)), rtol=1e-4, atol=1e-6)
+
+
+def test_minibatches_are_shuffled():
+    args, agent, episodes, rows = play()
+    batch, rng = ppo_tbb.compute_advantages(agent, rows, args), np.random.default_rng(0)
+    first, second = ([rows.obs[0, 0, 0].item() for rows, *_ in ppo_tbb.minibatches(batch, args, rng)] for _ in range(2))
+    assert first != second

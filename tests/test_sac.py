@@ -226,3 +226,11 @@ def test_a_resumed_run_takes_a_new_learning_rate(play, tmp_path):
     assert play(sac_tbb, "--resume", checkpoint_of(tmp_path), *more)[0] == 0
     (group,) = load(checkpoint_of(tmp_path))["learners"]["optimizer"]["param_groups"]
     assert group["lr"] == 1e-4
+
+
+def test_reward_scale_is_the_root_mean_square_of_the_tape(play, tmp_path):
+    assert play(sac_tbb, *flags(sac_tbb))[0] == 0
+    learners = load(checkpoint_of(tmp_path))["learners"]
+    reward = learners["buffer"]["rows"][2]
+    torch.testing.assert_close(learners["agent"]["reward_scale"], reward.square().mean().sqrt())
+    assert learners["agent"]["reward_scale"] > 100  # Lengths: 100 * step + action

@@ -16,7 +16,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Sequence, Text, Tuple
 from helpers import CONTINUOUS, DISCRETE, OFF_POLICY, ContinuousLengths, Lengths, assert_refused, checkpoint_of
-from helpers import contents, control, each, each_script, flags, load, make, outcome, scalars
+from helpers import contents, control, each, each_script, final, flags, load, make, outcome, scalars
 
 import dqn_sbb
 import dqn_tbb
@@ -25,13 +25,6 @@ import sac_tbb
 from monoids import MEMORIES
 
 play, trained = helpers.play, helpers.trained
-
-
-def final(out):
-    """(global_step, eval_return, eval_episodes) in the last line."""
-    line = r"final: global_step=(\d+) eval_return=(-?\d+\.\d+) eval_episodes=(\d+) seconds=\d+\.\d+"
-    step, eval_return, episodes = re.fullmatch(line, out.splitlines()[-1]).groups()
-    return int(step), float(eval_return), int(episodes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

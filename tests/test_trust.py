@@ -286,7 +286,7 @@ def test_memory_kwargs_reach_the_memory_and_its_checkpoint(script, play, tmp_pat
     name = next(name for name in checkpoint["learners"] if name != "optimizer")
     states = [x.shape for key, x in checkpoint["learners"][name].items() if "nu_log" in key]
     assert states == [(12,)] and checkpoint["args"]["memory_kwargs"]["horizon"] == 5000
-    assert play(script, "--evaluate", path)[0] == 0
+    assert play(script, "--evaluate", path, "--memory-kwargs", "horizon", 7)[0] == 0  # the others stay
     assert_refused(play(script, "--evaluate", path, "--memory-kwargs", "d_state", 13), str(path))
 
 
@@ -328,8 +328,8 @@ def test_broken_environment_leaves_a_checkpoint_that_resumes(script, what, play,
 
 @each_script
 def test_network_that_is_not_finite_is_refused(script, play, tmp_path):
-    last = "--num-minibatches 1 --update-epochs 1" if script is ppo_tbb else "--learning-starts 399 --train-frequency 999"
-    more = ["--learning-rate", 1e30, "--eval-frequency", 1000, *last.split()]  # one update: there is no further loss
+    one = {ppo_tbb: "--num-minibatches 1 --update-epochs 1"}.get(script, "--learning-starts 399 --train-frequency 999")
+    more = ["--learning-rate", 1e30, "--eval-frequency", 1000, *one.split()]  # one update, so that no loss follows
     assert_refused(play(script, *flags(script, *more)), "not finite", "unchanged")
     assert not [*tmp_path.glob("runs/*/checkpoint.pt")]
 

@@ -1,0 +1,168 @@
+"""The main loop, in every script: its schedules, counters, seeds and logs, and what its arguments do."""
+
+import math
+import re
+from collections import Counter
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import DISCRETE, OFF_POLICY, Lengths, checkpoint_of, each, each_script, final, flags, load, scalars
+
+import dqn_sbb
+import dqn_tbb
+import ppo_tbb
+
+play, trained = helpers.play, helpers.trained
+
+
+@each(DISCRETE)
+def test_learning_rate_is_annealed(script, play, tmp_path, monkeypatch):
+    used, step = set(), torch.optim.Adam.step
+    note = lambda optimizer: used.add(optimizer.param_groups[0]["lr"]) or step(optimizer)
+    monkeypatch.setattr(torch.optim.Adam, "step", note)
+    play(script, *flags(script))
+    logged = scalars(tmp_path)["charts/learning_rate"]
+    begins = [0, *(step for step, _ in logged)][:-1]  # of the iterations
+    expected = [script.Args.learning_rate * (1 - begin / 400) for begin in begins]
+    np.testing.assert_allclose([float(lr) for _, lr in logged], expected, rtol=1e-6)
+    assert used <= {*expected} and len(used) > 3
+
+
+@pytest.mark.parametrize("script", [dqn_tbb, dqn_sbb])
+def test_epsilon_falls_linearly(script, play, tmp_path):
+    play(script, *flags(script, *"--start-e 0.9 --end-e 0.1 --exploration-fraction 0.5".split()))
+    logged = scalars(tmp_path)["charts/epsilon"]
+    begins = [0, *(step for step, _ in logged)][:-1]
+    expected = [max(0.9 - 0.8 * begin / 200, 0.1) for begin in begins]
+    np.testing.assert_allclose([float(epsilon) for _, epsilon in logged], expected, rtol=1e-6)
+
+
+@each_script
+def test_training_explores_and_evaluation_does_not(script, play, tmp_path, monkeypatch):
+    """Four environments that show the same: the actions in them differ in the first iteration only."""
+    rewards = []
+    note = lambda obs, *rest: rewards.append(rest[0]) if len(rest) > 1 else None
+    monkeypatch.setattr(Lengths, "trouble", staticmethod(lambda *results: note(*results) or results))
+    monkeypatch.setattr(Lengths, "lengths", [30])
+    play(script, *flags(script, "--total-timesteps", 100, "--eval-episodes", 4))
+    trained, evaluated = np.reshape(rewards, (2, 30, 4))
+    assert (trained.std(1) > 0).any() and not evaluated.std(1).any()
+
+
+@each_script
+def test_no_two_draws_share_a_seed(script, play, tmp_path, monkeypatch):
+    """Those of episodes, of batches and of evaluations; but all evaluations play the same episodes."""
+    seeds, default_rng = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or default_rng(seed))
+    play(script, *flags(script))
+    states = Counter(np.random.SeedSequence(seed).generate_state(4).tobytes() for seed in seeds)
+    evaluations = len(scalars(tmp_path)["charts/eval_return"])
+    assert [n for n in states.values() if n > 1] == [evaluations] and len(states) > 10
+
+
+@each_script
+def test_log_counts_steps_and_rewards(script, play, tmp_path, monkeypatch):
+    """An iteration adds the lengths of its four episodes; with rewards of 1, a return is a length."""
+    ones = lambda obs, *rest: (obs, 1.0, *rest[1:]) if len(rest) > 1 else (obs, *rest)
+    monkeypatch.setattr(Lengths, "trouble", staticmethod(ones))
+    play(script, *flags(script))
+    tags = scalars(tmp_path)
+    steps, lengths = zip(*tags["charts/episodic_length"])
+    np.testing.assert_array_equal(np.diff(steps, prepend=0), [4 * float(length) for length in lengths])
+    assert tags["charts/episodic_return"] == tags["charts/episodic_length"]
+
+
+@each_script
+def test_evaluation_plays_one_episode_in_each_environment(script, play, trained, tmp_path, monkeypatch):
+    trained(script)
+    results = []
+    monkeypatch.setattr(Lengths, "trouble", staticmethod(lambda *args: results.append(len(args)) or args))
+    monkeypatch.setattr(Lengths, "lengths", [7])
+    assert play(script, "--evaluate", checkpoint_of(tmp_path), "--eval-episodes", 3)[0] == 0
+    assert results.count(2) == 3 and len(results) == 3 + 3 * 7  # reset returns two things, step five
+
+
+@each_script
+def test_seconds_of_a_resumed_run_add_up(script, play, trained, tmp_path):
+    trained(script)
+    path = checkpoint_of(tmp_path)
+    checkpoint = load(path)
+    checkpoint["counters"] = *checkpoint["counters"][:-1], 1e6
+    torch.save(checkpoint, path)
+    _, out, _ = play(script, "--resume", path, "--total-timesteps", 600)
+    assert float(re.search(r"seconds=(\S+)", out)[1]) > 1e6 and load(path)["counters"][-1] > 1e6
+
+
+@each(OFF_POLICY)
+def test_updates_begin_after_learning_starts(script, play, monkeypatch):
+    updates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: updates.append(step(optimizer)))
+    _, out, _ = play(script, *flags(script, "--learning-starts", 200))
+    assert len(updates) == math.ceil((final(out)[0] - 200) / script.Args.train_frequency)
+
+
+@each(OFF_POLICY)
+@pytest.mark.parametrize("tau", [0, 1])
+def test_target_network_of_a_run_follows_by_tau(script, tau, play, tmp_path):
+    """Not at all, or to the very weights."""
+    assert play(script, *flags(script, "--tau", tau))[0] == 0
+    network, target, *_ = load(checkpoint_of(tmp_path))["learners"].values()
+    same = {torch.equal(network[name], target[name]) for name in network if name.endswith("weight")}
+    assert same == {tau == 1}
+
+
+def test_epochs_end_once_the_target_kl_is_exceeded(play, tmp_path, monkeypatch):
+    updates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: updates.append(step(optimizer)))
+    for target_kl, least, most in (1e9, 2, 2), (1e-12, 1, 1.9):
+        updates.clear()
+        play(ppo_tbb, *flags(ppo_tbb, "--target-kl", target_kl), folder=str(most))
+        iterations = load(checkpoint_of(tmp_path / str(most)))["counters"][0]
+        assert least <= len(updates) / iterations / 4 <= most  # as many episodes as minibatches
+
+
+@each_script
+def test_gradient_is_clipped(script, play, monkeypatch):
+    norms, step = [], torch.optim.Adam.step
+
+    def note(optimizer):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", note)
+    assert play(script, *flags(script, "--max-grad-norm", 1e-3))[0] == 0
+    assert max(norms) == pytest.approx(1e-3, rel=1e-3)
+
+
+@each_script
+def test_compiled_networks_get_batches_of_few_sizes(script, play, monkeypatch):
+    """torch.compile is left out: what it would compile once for each size."""
+    compiled, sizes = [], set()
+
+    class Compiled:
+        def __init__(self, network, **options):
+            self.network = network
+            compiled.append(options)
+
+        def __call__(self, obs, *inputs):
+            sizes.add(obs.shape[0])
+            return self.network(obs, *inputs)
+
+        def __getattr__(self, name):
+            return getattr(self.network, name)
+
+    monkeypatch.setattr(torch, "compile", Compiled)
+    status, out, err = play(script, *flags(script, "--compile"))
+    assert (status, err) == (0, "") and final(out)
+    assert len(compiled) == (1 if script is ppo_tbb else 2) and not any(options["dynamic"] for options in compiled)
+    assert sizes == {51} if script is dqn_sbb else sizes and not any(size % 64 for size in sizes)
+
+
+@each_script
+def test_run_ends_at_total_timesteps(script, play, monkeypatch):
+    monkeypatch.setattr(Lengths, "lengths", [1])
+    _, out, _ = play(script, *flags(script, "--total-timesteps", 100))
+    assert final(out)[0] == 100
