@@ -411,6 +411,18 @@ def test_environments_of_the_pages(page, module, env_id, play, tmp_path, monkeyp
     assert (status, err) == (0, "") and "final: " in out
 
 
+def test_info_of_changing_shapes_is_left_out(play, monkeypatch):
+    """By the page's wrapper, without which the run ends in an exception of Gymnasium."""
+    code = re.search(r"```python\n(class NoInfo.*?)```", RECIPES.joinpath("README.md").read_text(), re.S)[1]
+    exec(code, names := {"gym": gym})
+    trouble = lambda obs, *rest: (obs, *rest[:-1], {"legal": np.arange(2 + obs[0])})
+    monkeypatch.setattr(Lengths, "trouble", staticmethod(trouble))
+    gym.register("NoInfo-v0", lambda: names["NoInfo"](Lengths()))
+    assert play(dqn_tbb, *flags(dqn_tbb, "--env-id", "NoInfo-v0"))[0] == 0
+    with pytest.raises(ValueError, match="shape"):
+        play(dqn_tbb, *flags(dqn_tbb))
+
+
 @helpers.each([dqn_tbb, ppo_tbb, sac_tbb])
 def test_acting_in_a_loop_of_your_own(script, play, tmp_path):
     """The code on the page plays the episode that `collect` plays."""
