@@ -390,7 +390,7 @@ BATCHING = [
     ("    inputs = ", "    with torch.no_grad():"),  # shapes
     ("    old_val = ", "    optimizer.zero_grad()"),  # the loss
     ("        torch._foreach_lerp_", "def evaluate("),  # the padding is logged
-    ("    try:", "        learners = "),  # which class stores episodes
+    ("    path = path or", "        learners = "),  # which class stores episodes
 ]
 ALGORITHM = [
     ('"""', "A *row*"),
@@ -405,7 +405,7 @@ ALGORITHM = [
     ("    obs: torch.Tensor", "    reward: torch.Tensor"),
     ('    """Play one whole episode', "    What an environment plays"),
     ("    return [Rows(", 'if __name__ == "__main__":'),  # network, tape, update
-    ("    try:", "        for name, learner in"),
+    ("    path = path or", "        for name, learner in"),
     ('            learner.load_state_dict(saved["learners"]', "        if not args.evaluate"),
     ('        fail(f"{path if saved', "    if finished := "),
     ("    if finished := ", "        eval_envs.close()"),
