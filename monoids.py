@@ -177,11 +177,11 @@ class _LinearRecurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         decay, initial, start, h = ctx.saved_tensors
-        first, shift = (-1, 1) if ctx.reverse else (0, -1)
+        first, last, shift = (-1, 0, 1) if ctx.reverse else (0, -1, -1)
         next_decay = decay.roll(shift, 0).conj().resolve_conj()
         next_start = None if start is None else start.roll(shift, 0)
         if start is not None:
-            next_start[~first] = True  # nothing follows, but the first row's decay, which may be NaN, was rolled there
+            next_start[last] = True  # nothing follows it; what was rolled there is the first row's decay, maybe NaN
         grad_x = _LinearRecurrence.run(next_decay, grad, torch.zeros_like(initial), next_start, not ctx.reverse)
         grad_initial, grad_decay = grad_x[first] * decay[first].conj(), None
         if start is not None:
