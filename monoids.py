@@ -101,9 +101,9 @@ def scan(monoid, elements, reverse=False):
     elements: a tensor or a (nested) tuple of tensors, (T, ...) each; ValueError if T is 0. The result has the same
     structure and shapes. reverse: result_t = x_{T-1} • ... • x_{t+1} • x_t instead (flip, scan, flip).
 
-    A scan over the products of adjacent pairs gives the prefixes that end on odd rows; one more operation gives those
-    that end on even rows: fewer than 2T operations, in 2 log2(T) steps (Blelloch 1990, "Prefix sums and their
-    applications").
+    A scan over the products of adjacent pairs gives the prefixes that end on odd rows; one more call of `op` gives
+    those that end on even rows: fewer than 2T products, in at most 2 log2(T) calls (Blelloch 1990, "Prefix sums and
+    their applications").
     """
     if reverse:
         flip = lambda x: x.flip(0)
@@ -144,8 +144,8 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
     Returns h (T, ...), in the dtype to which decay, x and initial promote. ValueError if T is 0, RuntimeError if shapes
     do not broadcast.
 
-    Equals the second component of `scan(Affine(), (decay, x))`, with start that of the first element which
-    `scan(resettable(Affine()), ((decay, x), start))` returns, while products of decays are finite, as for |decay| <= 1.
+    Equals `scan(Affine(), (decay, x))[1]`, with start `scan(resettable(Affine()), ((decay, x), start))[0][1]`, where
+    initial is None and products of decays are finite, as for |decay| <= 1.
     The backward pass is the same recurrence, reversed, and saves only decay and h, so memory is O(T):
         dL/dx_t = dL/dh_t + conj(decay_{t+1}) dL/dx_{t+1}        dL/ddecay_t = dL/dx_t conj(h_{t-1})
     Works with higher derivatives and with torch.func's grad and vmap, not with forward-mode derivatives (jvp).
@@ -473,7 +473,7 @@ class GRUCell(nn.Module):
 
 
 class Memory(nn.Module):
-    """A stack of cells, each in a residual block, pre-normalised and gated as in S5 and LRU:
+    """A stack of cells, each in a residual block, gated as in S5 and LRU, with a norm before and after the cell:
 
         x <- x + GLU(W gelu(norm(cell(norm(x)))))
 

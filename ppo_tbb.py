@@ -59,7 +59,7 @@ class Args:
     num_envs: int = 16
     """the number of parallel environments; in an iteration each plays one episode"""
     max_episode_steps: int = 0
-    """truncate episodes after this many steps (and bootstrap there); replaces the environment's own limit unless 0"""
+    """truncate episodes after this many steps (and bootstrap there); replaces the registered limit unless 0"""
     anneal_lr: bool = True
     """whether to anneal the learning rate linearly to zero"""
     gamma: float = 0.99
@@ -87,7 +87,7 @@ class Args:
     memory: tuple[Literal[*MEMORIES], ...] = ("lru",)
     """the memory model: one name for two layers of it, several for one layer of each, in that order"""
     memory_kwargs: dict[str, int | float] = field(default_factory=dict)
-    """arguments of the memory model, for example --memory-kwargs horizon 100000 d_state 64 num_layers 1"""
+    """arguments of each layer, for example horizon 100000 d_state 64; with a single memory also num_layers"""
     d_model: int = 128
     """the width of the network"""
     previous_action: bool = True
@@ -125,7 +125,7 @@ def make_envs(args, num_envs, video=False):
         if video and index == 0:
             env = gym.wrappers.RecordVideo(env, "videos", name_prefix="eval", episode_trigger=lambda n: n == 0)
         space = env.observation_space
-        if "Text(" in str(space) or not isinstance(spaces.flatten_space(space), spaces.Box):  # Text flattens too
+        if "Text(" in str(space) or not isinstance(spaces.flatten_space(space), spaces.Box):  # Text flattens to codes
             raise ValueError(f"observations do not flatten to a Box: {space}")
         env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
         space = env.action_space
@@ -150,7 +150,7 @@ class Rows(NamedTuple):
     """Time steps, (T,) or (T, B) of them. The last row of an episode holds its final observation, and zeros."""
 
     obs: torch.Tensor  # (..., features) float32
-    action: torch.Tensor  # (..., components) int64 or float32, taken on obs
+    action: torch.Tensor  # (..., components) int64 or float32, taken on obs; roll(1, 0) gives the previous one
     reward: torch.Tensor  # (...) float32, for action
     terminated: torch.Tensor  # (...) bool: action led to a terminal state
     start: torch.Tensor  # (...) bool: the episode's first row
@@ -188,7 +188,7 @@ def collect(envs, network, act, seed):
         obs, start = next_obs, np.zeros(N, dtype=bool)
         length += ~done
         done |= terminated | truncated
-    steps.append((obs, *map(np.zeros_like, steps[-1][1:])))
+    steps.append((obs, *map(np.zeros_like, steps[-1][1:])))  # the longest episode's last row
     rows = Rows(*map(np.stack, zip(*steps)))  # (longest + 1, N, ...)
     return [Rows(*(x[: n + 1, i].copy() for x in rows)) for i, n in enumerate(length)]
 
@@ -243,7 +243,7 @@ def compute_advantages(agent, rows, args):
     _, logprob, value = forward_tape(agent, rows)
     # CRUCIAL: the next state is the next row, so a truncated episode bootstraps from its own final observation
     t = transitions(rows)
-    done = torch.isin(t + 1, t, invert=True)[:, None]  # the next row holds no transition: the episode ends there
+    done = ~torch.isin(t + 1, t)[:, None]  # the next row holds no transition: the episode ends there
     # rewards are divided by the root mean square return, so that learning_rate, vf_coef and clip_coef suit any scale
     square = discounted_return(args.gamma, rows.reward[t], done).square()
     agent.squares += torch.stack((square.sum(), torch.ones_like(square).sum()))
@@ -271,7 +271,7 @@ def update(agent, optimizer, batch, args):
     returns = advantage + value
     logratio = newlogprob - logprob
     ratio = logratio.exp()
-    if args.norm_adv:
+    if args.norm_adv and len(t) > 1:
         advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
     pg_loss1, pg_loss2 = -advantage * ratio, -advantage * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(pg_loss1, pg_loss2).mean()
@@ -296,7 +296,7 @@ def update(agent, optimizer, batch, args):
 
 
 def evaluate(envs, agent, args):
-    """Undiscounted returns of the policy's mode, one episode in each environment; the seed alone determines them."""
+    """Undiscounted returns of the policy's mode, one episode in each environment, same seeds at every evaluation."""
     episodes = collect(envs, agent, partial(policy, greedy=True), (args.seed, 1))
     return np.array([episode.reward.sum() for episode in episodes])
 
@@ -318,7 +318,7 @@ if __name__ == "__main__":
     except Exception as error:  # a damaged file can raise anything
         fail(f"{path} is not a complete checkpoint of {script} ({type(error).__name__})")
     torch.set_num_threads(torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else 1)  # tensors are small
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freeing it makes glibc keep memory (mallopt(3)): a tenth less time
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freeing it raises glibc's mmap threshold (mallopt(3)): 10% faster
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     torch.manual_seed(args.seed)
     envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes, args.capture_video)
@@ -328,7 +328,7 @@ if __name__ == "__main__":
         agent = Agent(envs, args).to(device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         learners = {"agent": agent, "optimizer": optimizer}
-        for name, learner in learners.items() if saved else ():
+        for name, learner in (learners.items() if saved else ()):
             learner.load_state_dict(saved["learners"][name])
         iteration, global_step, eval_return, seconds = saved["counters"] if saved else (0, 0, np.nan, 0)
         if not args.evaluate:  # purge_step: what was logged after the checkpoint does not count twice
@@ -348,7 +348,7 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the iteration, a second one stops at once
         signal.signal(number, lambda n, frame: sys.exit(128 + n) if signals else signals.append(n))
     while not finished:
-        # ALGO LOGIC: play whole episodes with the current weights
+        # ALGO LOGIC: play whole episodes with the current weights (random streams: 0 episodes, 1 evaluation, 2 batches)
         progress, evaluations = global_step / args.total_timesteps, global_step // args.eval_frequency
         optimizer.param_groups[0]["lr"] = lr = args.learning_rate * (1 - progress if args.anneal_lr else 1)
         episodes = collect(envs, agent, partial(policy, greedy=False), (args.seed, 0, iteration))
@@ -364,8 +364,8 @@ if __name__ == "__main__":
                 metrics |= update(network, optimizer, minibatch, args)
             if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
                 break
-        t, (_, _, value, adv) = transitions(rows), batch
-        metrics["losses/explained_variance"] = 1 - adv[t].var(correction=0) / (adv + value)[t].var(correction=0)
+        value, adv = (x[transitions(rows)] for x in batch[2:])
+        metrics["losses/explained_variance"] = 1 - adv.var(correction=0) / (adv + value).var(correction=0)
         finished = global_step >= args.total_timesteps
         if evaluated := (finished or evaluations < global_step // args.eval_frequency):
             metrics["charts/eval_return"] = eval_return = evaluate(eval_envs, agent, args).mean().item()

@@ -58,7 +58,7 @@ class Args:
     num_envs: int = 4
     """the number of parallel environments; in an iteration each plays one episode"""
     max_episode_steps: int = 0
-    """truncate episodes after this many steps (and bootstrap there); replaces the environment's own limit unless 0"""
+    """truncate episodes after this many steps (and bootstrap there); replaces the registered limit unless 0"""
     buffer_size: int = 200_000
     """rows on the tape; the oldest episodes are overwritten"""
     gamma: float = 0.99
@@ -76,7 +76,7 @@ class Args:
     memory: tuple[Literal[*MEMORIES], ...] = ("lru",)
     """the memory model: one name for two layers of it, several for one layer of each, in that order"""
     memory_kwargs: dict[str, int | float] = field(default_factory=dict)
-    """arguments of the memory model, for example --memory-kwargs horizon 100000 d_state 64 num_layers 1"""
+    """arguments of each layer, for example horizon 100000 d_state 64; with a single memory also num_layers"""
     d_model: int = 64
     """the width of the network"""
     previous_action: bool = True
@@ -115,7 +115,7 @@ def make_envs(args, num_envs, video=False):
         if video and index == 0:
             env = gym.wrappers.RecordVideo(env, "videos", name_prefix="eval", episode_trigger=lambda n: n == 0)
         space = env.observation_space
-        if "Text(" in str(space) or not isinstance(spaces.flatten_space(space), spaces.Box):  # Text flattens too
+        if "Text(" in str(space) or not isinstance(spaces.flatten_space(space), spaces.Box):  # Text flattens to codes
             raise ValueError(f"observations do not flatten to a Box: {space}")
         env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
         space = env.action_space
@@ -137,7 +137,7 @@ class Rows(NamedTuple):
     """Time steps, (T,) or (T, B) of them. The last row of an episode holds its final observation, and zeros."""
 
     obs: torch.Tensor  # (..., features) float32
-    action: torch.Tensor  # (..., k) float32 in [-1, 1], taken on obs
+    action: torch.Tensor  # (..., k) float32 in [-1, 1], taken on obs; roll(1, 0) gives the previous one
     reward: torch.Tensor  # (...) float32, for action
     terminated: torch.Tensor  # (...) bool: action led to a terminal state
     start: torch.Tensor  # (...) bool: the episode's first row
@@ -175,7 +175,7 @@ def collect(envs, network, act, seed):
         obs, start = next_obs, np.zeros(N, dtype=bool)
         length += ~done
         done |= terminated | truncated
-    steps.append((obs, *map(np.zeros_like, steps[-1][1:])))
+    steps.append((obs, *map(np.zeros_like, steps[-1][1:])))  # the longest episode's last row
     rows = Rows(*map(np.stack, zip(*steps)))  # (longest + 1, N, ...)
     return [Rows(*(x[: n + 1, i].copy() for x in rows)) for i, n in enumerate(length)]
 
@@ -243,7 +243,7 @@ class Tape:
         """Episodes drawn uniformly, with replacement, until they hold batch_size transitions; the last is kept whole.
 
         Returns rows (R, 1) and t (n,), the rows that hold a transition: not an episode's last, nor padding (--compile).
-        All transitions have the same expected number of draws, but weigh less in a mean over n if n is large.
+        All transitions have the same expected number of draws, but weigh less in the mean of a larger batch.
         """
         at, transitions = [], 0
         while transitions < batch_size:
@@ -275,7 +275,7 @@ def update(agent, target_agent, optimizer, batch, args):
     alpha, entropy = agent.log_alpha.exp(), -logprob[t].detach().mean()
     with torch.no_grad():
         value = target_agent.q_values(target_agent(*inputs)[0], action).amin(-1) - alpha * logprob
-        # CRUCIAL: the next state is the next row, so its value is that of its whole history, first observation included
+        # CRUCIAL: the next state is the next row, so its value has the whole history (a tape of next_obs lacks row 0)
         td_target = rows.reward[t] / agent.reward_scale + args.gamma * ~rows.terminated[t] * value[t + 1]
     old_val = agent.q_values(x, rows.action)[t]  # (n, 1, 2)
     loss = F.mse_loss(old_val, td_target[..., None].expand_as(old_val))
@@ -295,7 +295,7 @@ def update(agent, target_agent, optimizer, batch, args):
 
 
 def evaluate(envs, agent, args):
-    """Undiscounted returns of greedy episodes, one in each environment; the seed alone determines them."""
+    """Undiscounted returns of greedy episodes, one in each environment, with the same seeds at every evaluation."""
     episodes = collect(envs, agent, partial(policy, greedy=True), (args.seed, 1))
     return np.array([episode.reward.sum() for episode in episodes])
 
@@ -317,7 +317,7 @@ if __name__ == "__main__":
     except Exception as error:  # a damaged file can raise anything
         fail(f"{path} is not a complete checkpoint of {script} ({type(error).__name__})")
     torch.set_num_threads(torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else 1)  # tensors are small
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freeing it makes glibc keep memory (mallopt(3)): a tenth less time
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freeing it raises glibc's mmap threshold (mallopt(3)): 10% faster
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     torch.manual_seed(args.seed)
     envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes, args.capture_video)
@@ -329,7 +329,7 @@ if __name__ == "__main__":
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
         buffer = Tape(args, envs, device)
         learners = {"agent": agent, "target_agent": target_agent, "optimizer": optimizer, "buffer": buffer}
-        for name, learner in learners.items() if saved else ():
+        for name, learner in (learners.items() if saved else ()):
             learner.load_state_dict(saved["learners"][name])
         counters = saved["counters"] if saved else (0, 0, args.learning_starts, np.nan, 0)
         iteration, global_step, next_update, eval_return, seconds = counters
@@ -351,7 +351,7 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the iteration, a second one stops at once
         signal.signal(number, lambda n, frame: sys.exit(128 + n) if signals else signals.append(n))
     while not finished:
-        # ALGO LOGIC: play whole episodes with the current weights
+        # ALGO LOGIC: play whole episodes with the current weights (random streams: 0 episodes, 1 evaluation, 2 batches)
         evaluations = global_step // args.eval_frequency
         optimizer.param_groups[0]["lr"] = args.learning_rate  # a resumed run may have another
         episodes = collect(envs, agent, partial(policy, greedy=False), (args.seed, 0, iteration))

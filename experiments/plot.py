@@ -45,7 +45,7 @@ TASKS |= {f"{robot}{what}": (x, np.nan) for robot, x in ROBOTS.items() for what 
 METHODS = {"dqn_tbb": "TBB", "dqn_sbb": "SBB", "sac_tbb": "SAC, TBB", "ppo_tbb": "PPO, TBB"}
 METHODS |= {"recurrent_ppo": "RecurrentPPO", "sb3_sac": "SAC of Stable-Baselines3"}
 MEMORIES = {"lru": "LRU", "s5": "S5", "ffm": "FFM", "linear_transformer": "linear transformer", "mingru": "minGRU"}
-MEMORIES |= {"lru mingru": "LRU + minGRU", "lru lru mingru": "2 LRU + minGRU"}
+MEMORIES |= {"lru mingru": "LRU + minGRU", "lru lru mingru": "LRU + LRU + minGRU"}
 MEMORIES |= {"gru": "GRU", "none": "none", "": "LSTM"}
 VARIANTS = {"": "", "sensitivity": "", "authors_next_value": ", authors' next value"}
 VARIANTS |= {"cut_last_episode": ", last episode cut", "prioritised": ", prioritised replay"}
@@ -54,7 +54,7 @@ VARIANTS |= {"no_previous_action": ", no previous action", "burn_in": ", burn-in
 IN_README = ["RepeatPreviousMedium", "RepeatPreviousHard", "RepeatFirstHard", "CountRecallEasy", "HigherLowerEasy"]
 IN_README += ["MultiarmedBanditEasy", "PositionOnlyCartPoleHard", "NoisyPositionOnlyCartPoleEasy", "AutoencodeEasy"]
 IN_README += ["PositionOnlyPendulumEasy"]
-NOT_IN_README = ["ppo_tbb, LRU + minGRU, 1,000,000 steps", "ppo_tbb, 2 LRU + minGRU, 250,000 steps"]
+NOT_IN_README = ["ppo_tbb, LRU + minGRU, 1,000,000 steps", "ppo_tbb, LRU + LRU + minGRU, 250,000 steps"]
 NOT_IN_README += ["by", "after steps", "difference"]
 
 SERIES = ["step", "seconds", "eval_return", "padding"]  # columns with a number an evaluation

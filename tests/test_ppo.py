@@ -226,3 +226,12 @@ def test_minibatches_are_shuffled():
     batch, rng = ppo_tbb.compute_advantages(agent, rows, args), np.random.default_rng(0)
     first, second = ([rows.obs[0, 0, 0].item() for rows, *_ in ppo_tbb.minibatches(batch, args, rng)] for _ in range(2))
     assert first != second
+
+
+def test_an_episode_of_one_step_trains_the_actor():
+    """A minibatch of a single transition: its advantage minus the mean would be 0."""
+    args, agent, episodes, _ = play(ent_coef=0.0)
+    episode = next(episode for episode in episodes if len(episode.reward) == 2)
+    rows = Rows(*(torch.as_tensor(x)[:, None] for x in episode))
+    assert args.norm_adv and ppo_tbb.update(agent, Still(), ppo_tbb.compute_advantages(agent, rows, args), args)
+    assert all(p.grad.abs().sum() > 0 for p in agent.actor.parameters())
