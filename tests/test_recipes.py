@@ -22,6 +22,7 @@ from gymnasium.spaces import Box, Discrete
 from helpers import Lengths, assert_refused, checkpoint_of, flags, load, outcome
 
 import dqn_tbb
+import monoids
 import ppo_tbb
 import sac_tbb
 from monoids import CELLS
@@ -391,23 +392,22 @@ def test_table_of_environments_is_what_comes_out(tmp_path):
     assert "Traceback" not in page.read_text() and page.read_text().count("| accepted") > 30
 
 
-MODULES = [(".", "my_module", "MyEnv-v0"), ("recipes", "my_minigrid", "Memory-v0")]
+MODULES = [(".", "my_module", "MyEnv-v0", dqn_tbb), ("recipes", "my_minigrid", "Memory-v0", dqn_tbb)]
+MODULES += [("recipes", "my_pendulum", "Scaled-v0", sac_tbb)]
 
 
-@pytest.mark.parametrize("page, module, env_id", MODULES)
-def test_environments_of_the_pages(page, module, env_id, play, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page, module, env_id, script", MODULES)
+def test_environments_of_the_pages(page, module, env_id, script, play, tmp_path, monkeypatch):
     """The code that a README shows, as it says where to write it and how to run it."""
     text = ROOT.joinpath(page, "README.md").read_text()
-    before, after = text.split(f"`{module}.py`", 1)
-    code = re.search(r"```python\n(.*?)```", after, re.S).group(1)
+    code = re.search(r"```python\n(.*?)```", text.split(module, 1)[1], re.S).group(1)
     if module == "my_minigrid":
         pytest.importorskip("minigrid", reason=MISSING)
-        code = re.search(r"`(import gymnasium.*?)`", before[-300:]).group(1) + "\n" + code
     (tmp_path / f"{module}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     assert f"--env-id {module}:{env_id}" in " ".join(text.split())
     argv = ["--env-id", f"{module}:{env_id}", "--max-episode-steps", 20]
-    status, out, err = play(dqn_tbb, *flags(dqn_tbb, *argv))
+    status, out, err = play(script, *flags(script, *argv))
     assert (status, err) == (0, "") and "final: " in out
 
 
@@ -423,6 +423,46 @@ def test_info_of_changing_shapes_is_left_out(play, monkeypatch):
         play(dqn_tbb, *flags(dqn_tbb))
 
 
+def test_a_memory_of_your_own():
+    """The cell on the page against a loop, with resets, and one row at a time."""
+    code = re.search(r"```python\n(class EMACell.*?)```", RECIPES.joinpath("README.md").read_text(), re.S)[1]
+    exec(code, names := dict(vars(monoids)))
+    torch.manual_seed(0)
+    memory = monoids.Memory(8, [names["EMACell"](8, d_state=5)]).double()
+    (cell,), x, start = memory.cells, torch.randn(9, 2, 8).double(), torch.rand(9, 2) < 0.3
+    a, h, slow = cell.rate.sigmoid(), torch.zeros(2, 5).double(), []
+    for row, begins in zip(x, start):
+        h = torch.where(begins[:, None], 0, h) * a + (1 - a) * cell.input(row)
+        slow.append(cell.output(h))
+    torch.testing.assert_close(cell(x, cell.initial_state(2), start)[0], torch.stack(slow))
+    y, state, rows = memory(x, memory.initial_state(2), start)[0], memory.initial_state(2), []
+    for t in range(9):
+        row, state = memory(x[t : t + 1], state, start[t : t + 1])
+        rows.append(row)
+    torch.testing.assert_close(y, torch.cat(rows))
+
+
+@pytest.mark.parametrize("script", ["dqn_sbb", "ppo_tbb", "sac_tbb"])
+def test_async_envs_fits_every_script(script, tmp_path):
+    patch = RECIPES.joinpath("async_envs.patch").read_text().replace("dqn_tbb", script)
+    shutil.copy(ROOT / f"{script}.py", tmp_path)
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    subprocess.run(["git", "apply"], input=patch, text=True, cwd=tmp_path, env=env, check=True)
+    assert "AsyncVectorEnv" in tmp_path.joinpath(f"{script}.py").read_text()
+
+
+@pytest.mark.parametrize("skipped", ["pixels", "action_mask"])
+def test_recipes_combine(skipped, tmp_path):
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, tmp_path)
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    for patch in sorted(RECIPES.glob("*.patch")):
+        if patch.stem != skipped:
+            subprocess.run(["git", "apply", patch], cwd=tmp_path, env=env, check=True)
+    for script in tmp_path.glob("*.py"):
+        compile(script.read_text(), script, "exec")
+
+
 @helpers.each([dqn_tbb, ppo_tbb, sac_tbb])
 def test_acting_in_a_loop_of_your_own(script, play, tmp_path):
     """The code on the page plays the episode that `collect` plays."""
@@ -435,7 +475,7 @@ def test_acting_in_a_loop_of_your_own(script, play, tmp_path):
             assert old in code
             code = code.replace(old, new)
     assert play(script, *flags(script))[0] == 0
-    checkpoint_of(tmp_path).rename(tmp_path / "checkpoint.pt")
+    code = code.replace("runs/NAME/checkpoint.pt", str(checkpoint_of(tmp_path)))
     rng = np.random.default_rng(7)  # `collect` seeds the environment with its fourth number
     for _ in range(3):
         rng.integers(2**32)
