@@ -3,7 +3,7 @@
     python dqn_sbb.py --env-id popgym-RepeatPreviousEasy-v0 --memory lru --segment-length 50
 
 This is how recurrent RL is usually trained: episodes are cut to segments of a fixed length, zero-padded and masked. The
-memory starts each from its initial state, and gradients end at its edges. `diff dqn_tbb.py dqn_sbb.py` shows it.
+memory starts each from its initial state, and gradients end at its edges. `diff dqn_tbb.py dqn_sbb.py` shows all.
 A *row* is one time step; *start* marks an episode's first. An episode of n transitions is n + 1 rows, the last of which
 holds the final observation, so the next row is always the next state: terminal, truncated or neither.
 Source: "Revisiting Recurrent Reinforcement Learning with Memory Monoids" (Morad et al. 2024, arXiv 2402.09900).
@@ -162,7 +162,7 @@ class Rows(NamedTuple):
 def collect(envs, network, act, seed):
     """Play one whole episode in each environment. Returns a list of Rows of NumPy arrays, n + 1 rows an episode.
 
-    act(network, obs (1, N, features), previous action (1, N), start (1, N), state) -> action (N,), state.
+    act(network, obs (1, N, ...), previous action (1, N, ...), start (1, N), state) -> action (N, ...), state.
     What an environment plays while it waits for the longest episode is dropped. Autoreset mode NEXT_STEP: the row after
     an episode's last transition holds its final observation and reward 0.
     """
@@ -268,7 +268,7 @@ class Segments:
 def update(q_network, target_network, optimizer, batch, args):
     """Double DQN (van Hasselt et al. 2016): y = r + gamma (1 - terminated) Q_target(s', argmax_a Q(s', a)); Huber."""
     rows, played, mask = batch
-    # CRUCIAL: the next state is the next row, but its value knows only the segment up to it, and so does the target
+    # CRUCIAL: the next state is the next row, but its value depends on the segment alone, and so does the target
     t, t_next = slice(0, -1), slice(1, None)
     inputs = (rows.obs, rows.action.roll(1, 0), rows.start, q_network.memory.initial_state(rows.start.shape[1]))
     q, _ = q_network(*inputs)  # (L + 1, B, num_actions)
@@ -277,7 +277,7 @@ def update(q_network, target_network, optimizer, batch, args):
         best = q[t_next].argmax(-1, keepdim=True)
         next_value = q_target[t_next].gather(-1, best).squeeze(-1)
         td_target = rows.reward[t] + args.gamma * ~rows.terminated[t] * next_value
-    old_val = q[t].gather(-1, rows.action[t][..., None]).squeeze(-1)
+    old_val = q[t].gather(-1, rows.action[t][..., None]).squeeze(-1)  # (L, B), as td_target
     # CRUCIAL: the mean over the transitions that carry loss, not over padding or burn-in
     loss = (F.smooth_l1_loss(old_val, td_target, reduction="none") * mask).sum() / mask.sum()
 

@@ -156,7 +156,7 @@ class Rows(NamedTuple):
 def collect(envs, network, act, seed):
     """Play one whole episode in each environment. Returns a list of Rows of NumPy arrays, n + 1 rows an episode.
 
-    act(network, obs (1, N, features), previous action (1, N), start (1, N), state) -> action (N,), state.
+    act(network, obs (1, N, ...), previous action (1, N, ...), start (1, N), state) -> action (N, ...), state.
     What an environment plays while it waits for the longest episode is dropped. Autoreset mode NEXT_STEP: the row after
     an episode's last transition holds its final observation and reward 0.
     """
@@ -279,7 +279,7 @@ def update(q_network, target_network, optimizer, batch, args):
         best = q[t_next].argmax(-1, keepdim=True)
         next_value = q_target[t_next].gather(-1, best).squeeze(-1)
         td_target = rows.reward[t] + args.gamma * ~rows.terminated[t] * next_value
-    old_val = q[t].gather(-1, rows.action[t][..., None]).squeeze(-1)
+    old_val = q[t].gather(-1, rows.action[t][..., None]).squeeze(-1)  # (n, 1), as td_target
     loss = F.smooth_l1_loss(old_val, td_target)
 
     optimizer.zero_grad()

@@ -9,8 +9,8 @@ memory model written as
     scan of • over time     combines all elements up to now: the state
     readout g: H x O -> S   maps the state and the observation to the output
 
-Any monoid can be made *resettable*: one scan then runs over many concatenated episodes, and no information passes
-between them. Discounted returns and advantages are scans of the same kind, backwards in time.
+Any monoid can be made *resettable*: one scan then runs over many concatenated episodes, a *tape*, and no information
+passes between them. Discounted returns and advantages are scans of the same kind, backwards in time.
 
 Time is dimension 0, as in `torch.nn.GRU`. Shapes: T rows (time steps), B parallel sequences, D features.
 """
@@ -512,7 +512,7 @@ CELLS |= {"mingru": MinGRUCell, "gru": GRUCell}
 
 
 def make_memory(names, d_model, num_layers=None, **sizes):
-    """num_layers layers (None: 2) of a single name, or a layer of each of several; names: a list, keys of MEMORIES."""
+    """num_layers layers (None: 2) of a single name, or a layer of each of several (keys of MEMORIES); or ValueError."""
     if num_layers is not None and (num_layers < 1 or len(names) > 1):
         raise ValueError("num_layers: at least 1, and of a single memory")
     if not all(map(math.isfinite, sizes.values())):
@@ -545,7 +545,7 @@ def _recur(decay: Tensor, x: Tensor, initial: Tensor, start: Tensor | None, reve
     return b + torch.where(started, 0, a * initial)
 
 
-# torch.compile cannot fuse a loop over time of complex numbers: it sees the recurrence as one operator
+# torch.compile cannot fuse a loop over time of complex numbers: for it, the recurrence is one operator
 _recur_op = torch.library.custom_op("monoids::recur", _recur, mutates_args=())
 _recur_op.register_fake(lambda decay, x, initial, start, reverse: x.new_empty(x.shape))
 

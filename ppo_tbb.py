@@ -3,7 +3,7 @@
     python ppo_tbb.py --env-id popgym-RepeatPreviousEasy-v0 --memory lru
 
 An iteration plays whole episodes, and an update trains on whole episodes, concatenated on a tape: the memory resets at
-their boundaries (monoids.py), no hidden state outlives the weights that made it, and no gradient is cut.
+their boundaries (monoids.py), no hidden state outlives the weights that made it, and no gradient is truncated.
 A *row* is one time step; *start* marks an episode's first. An episode of n transitions is n + 1 rows, the last of which
 holds the final observation, so the next row is always the next state: terminal, truncated or neither.
 Source: "Revisiting Recurrent Reinforcement Learning with Memory Monoids" (Morad et al. 2024, arXiv 2402.09900).
@@ -130,12 +130,12 @@ def make_envs(args, num_envs, video=False):
         env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
         space = env.action_space
         if isinstance(space, spaces.Box) and space.dtype.kind == "f":
-            decode = lambda action: np.clip(action.reshape(space.shape), space.low, space.high).astype(space.dtype)
+            decode = lambda a: np.clip(a.reshape(space.shape), space.low, space.high).astype(space.dtype)
             return gym.wrappers.TransformAction(env, decode, spaces.Box(-np.inf, np.inf, (space.low.size,)))
         if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
             raise ValueError(f"PPO takes Discrete, MultiDiscrete or Box actions of floats, not {space}")
         nvec = np.ravel(space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n)
-        decode = lambda action: (np.reshape(action, space.shape) + space.start).astype(space.dtype)
+        decode = lambda a: (np.reshape(a, space.shape) + space.start).astype(space.dtype)
         return gym.wrappers.TransformAction(env, decode, spaces.MultiDiscrete(nvec))
 
     try:
@@ -150,7 +150,7 @@ class Rows(NamedTuple):
     """Time steps, (T,) or (T, B) of them. The last row of an episode holds its final observation, and zeros."""
 
     obs: torch.Tensor  # (..., features) float32
-    action: torch.Tensor  # (..., components) int64 or float32, taken on obs; roll(1, 0) gives the previous one
+    action: torch.Tensor  # (..., k) int64 or float32, taken on obs; roll(1, 0) gives the previous one
     reward: torch.Tensor  # (...) float32, for action
     terminated: torch.Tensor  # (...) bool: action led to a terminal state
     start: torch.Tensor  # (...) bool: the episode's first row
@@ -160,7 +160,7 @@ class Rows(NamedTuple):
 def collect(envs, network, act, seed):
     """Play one whole episode in each environment. Returns a list of Rows of NumPy arrays, n + 1 rows an episode.
 
-    act(network, obs (1, N, features), previous action (1, N, k), start (1, N), state) -> action (N, k), state.
+    act(network, obs (1, N, ...), previous action (1, N, ...), start (1, N), state) -> action (N, ...), state.
     What an environment plays while it waits for the longest episode is dropped. Autoreset mode NEXT_STEP: the row after
     an episode's last transition holds its final observation and reward 0.
     """
@@ -253,7 +253,7 @@ def compute_advantages(agent, rows, args):
 
 
 def minibatches(batch, args, rng):
-    """Whole episodes, shuffled and dealt out; with --compile padded to a multiple of 64 rows."""
+    """Whole episodes, shuffled and distributed; with --compile padded to a multiple of 64 rows."""
     rows, *others = batch
     episodes = np.split(np.arange(len(rows.start)), 1 + rows.start[1:, 0].cpu().numpy().nonzero()[0])
     for dealt in np.array_split(rng.permutation(len(episodes)), min(args.num_minibatches, len(episodes))):
@@ -264,11 +264,12 @@ def minibatches(batch, args, rng):
 
 
 def update(agent, optimizer, batch, args):
+    """L = -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)] - ent_coef E[entropy] + vf_coef E[value loss] (eq. 9)."""
     rows, logprob, value, advantage = batch
     heads, newlogprob, newvalue = forward_tape(agent, rows)
     t = transitions(rows)
     newlogprob, newvalue, logprob, value, advantage = (x[t] for x in (newlogprob, newvalue, logprob, value, advantage))
-    returns = advantage + value
+    returns = advantage + value  # (n, 1), as all that follow
     logratio = newlogprob - logprob
     ratio = logratio.exp()
     if args.norm_adv and len(t) > 1:
@@ -296,7 +297,7 @@ def update(agent, optimizer, batch, args):
 
 
 def evaluate(envs, agent, args):
-    """Undiscounted returns of the policy's mode, one episode in each environment, same seeds at every evaluation."""
+    """Undiscounted returns of greedy episodes, one in each environment, with the same seeds at every evaluation."""
     episodes = collect(envs, agent, partial(policy, greedy=True), (args.seed, 1))
     return np.array([episode.reward.sum() for episode in episodes])
 

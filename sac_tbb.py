@@ -147,7 +147,7 @@ class Rows(NamedTuple):
 def collect(envs, network, act, seed):
     """Play one whole episode in each environment. Returns a list of Rows of NumPy arrays, n + 1 rows an episode.
 
-    act(network, obs (1, N, features), previous action (1, N, k), start (1, N), state) -> action (N, k), state.
+    act(network, obs (1, N, ...), previous action (1, N, ...), start (1, N), state) -> action (N, ...), state.
     What an environment plays while it waits for the longest episode is dropped. Autoreset mode NEXT_STEP: the row after
     an episode's last transition holds its final observation and reward 0.
     """

@@ -1,6 +1,6 @@
-"""What the benchmarks share: a fair clock, peak memory, and a table that is a CSV too.
+"""What the benchmarks share: interleaved timing, peak memory, and a table that is a CSV too.
 
-One thread, unless OMP_NUM_THREADS says otherwise. On a GPU all of it is about the GPU.
+One thread, unless OMP_NUM_THREADS says otherwise. On a GPU, time and memory are the GPU's.
 """
 
 import csv
@@ -52,9 +52,9 @@ def once(f):
 def interleaved(contestants, seconds=2.0, rounds=100):
     """Median seconds of a call, for each of the contestants {name: function}.
 
-    They take turns, so that a busy moment of the machine hits all of them. A turn is two calls, of which the second
+    They are called in turn, so that a load on the machine affects all of them. A turn is two calls, of which the second
     counts: in use, what ran before is the same function, not another that has filled the caches. Each has at least
-    three turns, at most `rounds`, and sits out when it has used its `seconds`.
+    three turns, at most `rounds`, and none after its calls took `seconds`.
     """
     times = {name: [] for name in contestants}
     for _ in range(rounds):

@@ -20,8 +20,8 @@ and generalised advantage estimates:
 With a scalar gamma and lambda TorchRL's function does not scan: whatever it is given, it cuts it wherever it is done,
 zero-pads the pieces to the longest and convolves them with the powers of gamma lambda above 1e-7, 262 of them here
 (`_fast_vec_gae`). So a tape works, and costs what padded episodes cost, and the padding; on padded ones the padding is
-pieces too. Padding is done beforehand for those that want it and not timed. Results are checked against ours. A loop
-in the interpreter is left out where it would take more than 20 s: none of these does. Writes benchmarks/returns.csv.
+pieces too. Padding is done beforehand for those that want it and not timed. Results are checked against ours. Writes
+benchmarks/returns.csv.
 """
 
 import importlib.util

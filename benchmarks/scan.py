@@ -8,7 +8,7 @@ to be moved (forward decay and x are read and h is written; backward the gradien
 gradients written), into memory that is there already. Forward + backward: the gradients of decay and of x. What every
 contestant computes is checked against ours before it is timed. Peak memory holds the results, but not the inputs.
 
-Inputs lie in memory as each contestant likes them; accelerated-scan's are (1, C, T). JAX runs on the CPU only, on as
+Inputs have the layout that an implementation expects; accelerated-scan's are (1, C, T). JAX runs on the CPU only, on as
 many cores as PyTorch has threads, compiled. Most of the time that this takes is torch.compile's. Writes
 benchmarks/scan.csv.
 """

@@ -113,7 +113,7 @@ def mean_of_means(*strata, axis):
 
 
 def interquartile_mean(*strata, axis):
-    """The mean of the middle half of all values: few very good or very bad tasks don't decide (arXiv 2108.13264)."""
+    """The mean of the middle half of all values: a few extreme tasks do not dominate it (arXiv 2108.13264)."""
     return trim_mean(np.concatenate(strata, axis), 0.25, axis)
 
 

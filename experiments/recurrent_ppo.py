@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Evaluate(BaseCallback):
-    """Before a rollout that follows an evaluation's due step; and when it is called."""
+    """Evaluates before a rollout if an evaluation is due, and when it is called."""
 
     def __init__(self, envs, args):
         super().__init__()

@@ -5,7 +5,7 @@
     python experiments/sweep.py ablations --ray auto               # or on the Ray cluster that is running
 
 Appends to experiments/results/NAME.csv, one row an evaluation. A run's rows are written when it has finished: started
-again, a sweep skips what is there and redoes what was killed. Seconds are honest only with no more --jobs than idle
+again, a sweep skips what is there and redoes what was killed. Seconds are comparable with no more --jobs than idle
 cores.
 
     run               script, task and all else that tells a run from others
@@ -64,7 +64,7 @@ CONTROL = ["PositionOnlyCartPoleEasy", "NoisyPositionOnlyCartPoleEasy", "Positio
 POPGYM = [name[len("popgym-") : -len("-v0")] for name in gym.registry if name.startswith("popgym-")]  # Easy first
 DISCRETE = [task for task in POPGYM if "Pendulum" not in task]
 HIDDEN = [task for task in POPGYM if "Only" in task]  # control with hidden velocities or positions
-MINES = [task for task in POPGYM if "MineSweeper" in task]  # episodes of five or six steps with random actions
+MINES = [task for task in POPGYM if "MineSweeper" in task]  # episodes of six or seven steps with random actions
 BANDITS = [task for task in POPGYM if "Bandit" in task]  # episodes of 200 to 600 steps
 GAMES = [task for task in POPGYM if task.startswith(("Battle", "Concentration"))]
 ANSWERS = [task for task in POPGYM if task not in (*HIDDEN, *MINES, *BANDITS, *GAMES)]  # actions change only rewards
@@ -319,7 +319,7 @@ def runs_of(name, seeds, tasks=None, smoke=False):
 
 
 def finished(path, mend):
-    """The runs that a CSV holds whole, {key: rows}. mend: remove what a kill left of another, half a line even."""
+    """The runs that a CSV holds whole, {key: rows}. mend: remove unfinished runs and a line cut off."""
     if not path.exists():
         return {}
     text = path.read_text()

@@ -1,4 +1,4 @@
-"""Environments in which a test may do what it likes, and how to run a script in this process."""
+"""Environments for the tests, and how to run a script in this process."""
 
 import re
 import runpy
@@ -48,7 +48,7 @@ class Lengths(gym.Env):
     trouble = staticmethod(lambda *results: results)
 
     def __init__(self, render_mode=None, **kwargs):
-        self.render_mode, self.kwargs = render_mode, kwargs
+        self.render_mode = render_mode
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

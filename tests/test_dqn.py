@@ -403,7 +403,6 @@ ALGORITHM = [
     ("    def make_env(", "        render = "),  # actions
     ("        space = env.action_space", "    try:"),
     ("    obs: torch.Tensor", "    reward: torch.Tensor"),
-    ('    """Play one whole episode', "    What an environment plays"),
     ("    return [Rows(", 'if __name__ == "__main__":'),  # network, tape, update
     ("    path = path or", "        for name, learner in"),
     ('            learner.load_state_dict(saved["learners"]', "        if not args.evaluate"),
@@ -426,7 +425,6 @@ ACTOR = [
     ("    def make_env(", "        render = "),  # actions
     ("        space = env.action_space", "    try:"),
     ("    obs: torch.Tensor", "    reward: torch.Tensor"),
-    ('    """Play one whole episode', "    What an environment plays"),
     ("    return [Rows(", "class Tape:"),  # network
     ("    def __init__(self, args, envs, device)", "        self.rows = Rows("),  # actions
     ('        self.index, self.end = state["index"]', 'if __name__ == "__main__":'),  # update

@@ -436,10 +436,9 @@ def test_memory_of_several_names_is_a_stack(sweep):
 def test_a_killed_sweep_resumes(smoke, tmp_path):
     path = tmp_path / "sensitivity.csv"
     with start(tmp_path, "sensitivity", "--jobs", "1") as life:
-        while not (path.exists() and path.read_text().endswith("\n")):
+        # the first run's rows are written, and the second is played
+        while not (path.exists() and path.read_text().endswith("\n") and played_by(life.pid)):
             assert life.poll() is None
-            time.sleep(0.01)
-        while not played_by(life.pid):  # the second run
             time.sleep(0.01)
         orphans = played_by(life.pid)
         life.kill()
@@ -469,7 +468,7 @@ def test_a_signal_ends_the_sweep_and_its_runs(number, sweep, tmp_path):
             for pid in children:
                 os.kill(int(pid), signal.SIGSTOP)  # they will never end by themselves
             life.send_signal(number)
-            _, err = life.communicate(timeout=60)
+            _, err = life.communicate(timeout=600)
         finally:
             for pid in children:
                 if Path(f"/proc/{pid}").exists():

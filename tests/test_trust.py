@@ -297,7 +297,7 @@ def test_exploration_may_end_at_once(script, play, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers gone wrong
+# Values that are not finite
 
 
 TROUBLES = {  # what an environment returns for obs, (reward, terminated, truncated,) info
