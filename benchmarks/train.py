@@ -5,8 +5,8 @@
 The DQN and PPO scripts run with their default arguments, dqn_tbb.py also with a GRU, seed 1 (or --seed), in a process
 of its own, one after the other, but evaluate every 2,000 steps to see when the task is solved. Seconds count from the
 start of the process, imports, evaluations and checkpoints included. Before that,
-`collect` alone at 64 environments, with the untrained network, beside the same environments, Gymnasium's SyncVectorEnv, stepped with actions drawn beforehand. Writes
-benchmarks/train.csv.
+`collect` alone at 64 environments, with the untrained network, beside the same environments, Gymnasium's SyncVectorEnv,
+stepped with actions drawn beforehand. Writes benchmarks/train.csv.
 """
 
 import argparse
