@@ -113,6 +113,19 @@ def make(script, **kwargs):
     return envs, script.QNetwork(envs, args), partial(script.policy, epsilon=0.5)
 
 
+class Still:
+    """An optimizer that leaves the weights, so that the gradient can be looked at."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def zero_grad(self):
+        self.network.zero_grad()
+
+    def step(self):
+        self.gradient = {name: p.grad.clone() for name, p in self.network.named_parameters() if p.grad is not None}
+
+
 def flags(script, *more):
     """A run of twelve iterations or so, with a checkpoint every few of them."""
     common = f"--env-id {lengths(script)} --total-timesteps 400 --num-envs 4 --d-model 16 --eval-episodes 20"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Still
 
 import dqn_sbb
 import dqn_tbb
@@ -228,19 +229,6 @@ def make_networks(memory="lru", **kwargs):
     envs = dqn_tbb.make_envs(args, 1)
     torch.manual_seed(1)
     return args, dqn_tbb.QNetwork(envs, args).double(), dqn_tbb.QNetwork(envs, args).double()
-
-
-class Still:
-    """An optimizer that leaves the weights, so that the gradient can be looked at."""
-
-    def __init__(self, network):
-        self.network = network
-
-    def zero_grad(self):
-        self.network.zero_grad()
-
-    def step(self):
-        self.gradient = {name: p.grad.clone() for name, p in self.network.named_parameters() if p.grad is not None}
 
 
 def loss_and_gradient(script, args, q_network, target_network, batch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from helpers import Still
 
 import ppo_tbb
 from monoids import MEMORIES
@@ -51,16 +52,6 @@ def play(memory="lru", action_kind=0, **kwargs):
     return args, agent, episodes, rows
 
 
-class Still:
-    """An optimizer that leaves the weights."""
-
-    def zero_grad(self):
-        pass
-
-    def step(self):
-        pass
-
-
 @pytest.mark.parametrize("action_kind", range(3), ids=["discrete", "multidiscrete", "box"])
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_ratio_is_1_before_the_first_step(memory, action_kind):
@@ -71,7 +62,7 @@ def test_ratio_is_1_before_the_first_step(memory, action_kind):
         t = ppo_tbb.transitions(minibatch[0])
         torch.testing.assert_close(newlogprob[t], minibatch[1][t], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(newvalue, minibatch[2], rtol=1e-4, atol=1e-5)
-        metrics = ppo_tbb.update(agent, Still(), minibatch, args)
+        metrics = ppo_tbb.update(agent, Still(agent), minibatch, args)
         assert abs(metrics["losses/approx_kl"]) < 1e-6 and metrics["losses/clipfrac"] == 0
         transitions += len(t)
     assert transitions == len(ppo_tbb.transitions(rows))
@@ -146,7 +137,7 @@ def test_episodes_of_a_batch_do_not_affect_each_others_gradient(memory):
     def gradient(*episodes):
         rows = Rows(*(torch.as_tensor(np.concatenate(x))[:, None] for x in zip(*episodes)))
         agent.zero_grad()
-        ppo_tbb.update(agent, Still(), ppo_tbb.compute_advantages(agent, rows, args), args)
+        ppo_tbb.update(agent, Still(agent), ppo_tbb.compute_advantages(agent, rows, args), args)
         n = len(ppo_tbb.transitions(rows))
         return {name: p.grad.clone() * n for name, p in agent.named_parameters() if p.grad is not None}
 
@@ -178,7 +169,7 @@ def test_padding_of_a_minibatch_does_not_affect_the_loss():
     for args.compile in (False, True):
         minibatch = next(ppo_tbb.minibatches(batch, args, np.random.default_rng(0)))
         assert (len(minibatch[1]) % 64 == 0) == args.compile
-        losses.append(ppo_tbb.update(agent, Still(), minibatch, args))
+        losses.append(ppo_tbb.update(agent, Still(agent), minibatch, args))
     torch.testing.assert_close(*losses)
 
 
@@ -193,7 +184,7 @@ def test_loss_equals_its_definition(action_kind, norm_adv, clip_vloss):
         for p in agent.parameters():
             p += 0.03 * torch.randn_like(p)
     agent.zero_grad()
-    metrics = ppo_tbb.update(agent, Still(), batch, args)
+    metrics = ppo_tbb.update(agent, Still(agent), batch, args)
     parameters = {name: p for name, p in agent.named_parameters() if p.grad is not None}
     gradient = {name: p.grad.clone() for name, p in parameters.items()}
 
@@ -233,5 +224,5 @@ def test_an_episode_of_one_step_trains_the_actor():
     args, agent, episodes, _ = play(ent_coef=0.0)
     episode = next(episode for episode in episodes if len(episode.reward) == 2)
     rows = Rows(*(torch.as_tensor(x)[:, None] for x in episode))
-    assert args.norm_adv and ppo_tbb.update(agent, Still(), ppo_tbb.compute_advantages(agent, rows, args), args)
+    assert args.norm_adv and ppo_tbb.update(agent, Still(agent), ppo_tbb.compute_advantages(agent, rows, args), args)
     assert all(p.grad.abs().sum() > 0 for p in agent.actor.parameters())

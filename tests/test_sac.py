@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
-from helpers import assert_refused, checkpoint_of, flags, load, make
+from helpers import Still, assert_refused, checkpoint_of, flags, load, make
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import sac_tbb
@@ -57,19 +57,6 @@ def make_batch(episodes):
     rows = Rows(*(torch.cat(x)[:, None] for x in zip(*episodes)))
     last = np.cumsum([len(e.start) for e in episodes]) - 1
     return rows, torch.as_tensor(np.delete(np.arange(len(rows.start)), last))
-
-
-class Still:
-    """An optimizer that leaves the weights, so that the gradient can be looked at."""
-
-    def __init__(self, agent):
-        self.agent = agent
-
-    def zero_grad(self):
-        self.agent.zero_grad()
-
-    def step(self):
-        self.gradient = {name: p.grad.clone() for name, p in self.agent.named_parameters() if p.grad is not None}
 
 
 def metrics_and_gradient(args, agent, target_agent, batch):
