@@ -39,6 +39,7 @@ def read(path):
 # tasks, methods, memories and variants are shown in these orders
 POPGYM = {row["task"]: float(row["return"]) for row in read(ROOT / "experiments" / "popgym_random.csv")}
 TASKS = {task: (x, 1.0) for task, x in POPGYM.items()}  # mean return of random actions, and a bound on the return
+TASKS |= {f"FullPendulum{level}": TASKS[f"PositionOnlyPendulum{level}"] for level in ("Easy", "Medium", "Hard")}
 TASKS |= {"TMaze": (0.25, 1.0)}
 ROBOTS = {"Hopper": 20, "Walker2d": 2, "HalfCheetah": -286}  # random actions: 300, 300 and 100 episodes
 TASKS |= {f"{robot}{what}": (x, np.nan) for robot, x in ROBOTS.items() for what in ("Positions", "Velocities", "Full")}
@@ -482,18 +483,20 @@ def family_curves(runs, folder, name, levels="Easy|Medium|Hard"):
     save(figure, f"Return of greedy episodes\n{SPREAD}, {seeds(runs)}", folder, f"{name}_curves")
 
 
+def continuous(runs, folder, name, *levels):
+    """Stable-Baselines3's SAC has no memory."""
+    memory = lambda run: "none" if run["script"] == "sb3_sac" else run["memory"] + VARIANTS[run["variant"]]
+    runs = [run | {"memory": memory(run)} for run in runs]
+    family_curves(labelled(runs), folder, name, *levels)
+    defaults(runs, folder, name, order=None, page="sac.md")
+
+
 def sac(runs, folder):
-    runs = [run | {"memory": run["memory"] + VARIANTS[run["variant"]]} for run in runs]
-    family_curves(labelled(runs), folder, "sac")
-    defaults(runs, folder, "sac", order=None, page="sac.md")
+    continuous(runs, folder, "sac")
 
 
 def mujoco(runs, folder):
-    """Stable-Baselines3's SAC has no memory."""
-    name = lambda run: "none" if run["script"] == "sb3_sac" else run["memory"]
-    runs = [run | {"memory": name(run)} for run in runs]
-    family_curves(labelled(runs), folder, "mujoco", levels="Positions|Velocities|Full")
-    defaults(runs, folder, "mujoco", order=None, page="sac.md")
+    continuous(runs, folder, "mujoco", "Positions|Velocities|Full")
 
 
 def popgym(runs, folder):

@@ -8,6 +8,7 @@ All other arguments are its defaults.
 import argparse
 import time
 
+from gymnasium.wrappers import TransformReward
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 
@@ -21,9 +22,12 @@ if __name__ == "__main__":
     parser.add_argument("--num-envs", type=int, default=1)
     parser.add_argument("--eval-frequency", type=int, default=10_000)
     parser.add_argument("--eval-episodes", type=int, default=32)
+    parser.add_argument("--reward-scale", type=float, default=1, help="factor of the rewards in training")
     args = parser.parse_args()
     callback = Evaluate(make_vec_env(args.env_id, args.eval_episodes, args.seed + 1_000_000), args)
-    model = SAC("MlpPolicy", make_vec_env(args.env_id, args.num_envs, args.seed), seed=args.seed, device="cpu")
+    scaled = lambda env: TransformReward(env, lambda reward: args.reward_scale * reward)
+    envs = make_vec_env(args.env_id, args.num_envs, args.seed, wrapper_class=scaled)
+    model = SAC("MlpPolicy", envs, seed=args.seed, device="cpu")
     start_time = time.time()
     model.learn(args.total_timesteps, callback)
     eval_return = callback.evaluate()

@@ -71,6 +71,7 @@ ANSWERS = [task for task in POPGYM if task not in (*HIDDEN, *MINES, *BANDITS, *G
 FIRST = [task for task in ANSWERS if task.startswith("RepeatFirst")]  # a card is held for the whole episode
 MORE_ANSWERS = [task for task in MORE_TASKS if task in ANSWERS]
 PENDULUMS = [f"{noise}PositionOnlyPendulum{level}" for noise in ("", "Noisy") for level in ("Easy", "Medium", "Hard")]
+FULL_PENDULUMS = [f"experiments.full_pendulum:FullPendulum{level}" for level in ("Easy", "Medium", "Hard")]
 ROBOTS = [f"experiments.partial_mujoco:{robot}" for robot in ("Hopper", "Walker2d", "HalfCheetah")]
 MUJOCO = [f"{robot}{what}" for what in ("Positions", "Velocities") for robot in ROBOTS]
 FULL = [f"{robot}Full" for robot in ROBOTS]
@@ -172,7 +173,8 @@ EXPERIMENTS = {
     "sac": [
         dict(script=[SAC], task={PENDULUMS[0]: 50_000}, memory=["lru"], variant=["", "separate_memories"]),
         dict(script=[SAC], task=dict.fromkeys(PENDULUMS[1:], 50_000), memory=["lru"]),
-        dict(script=[SAC], task=dict.fromkeys(PENDULUMS, 50_000), memory=["none"]),
+        dict(script=[SAC], task=dict.fromkeys([*PENDULUMS, *FULL_PENDULUMS], 50_000), memory=["none"]),
+        dict(script=[SB3_SAC], task=dict.fromkeys(FULL_PENDULUMS, 10_000), flags=["--reward-scale", "1000"]),
         dict(script=[PPO], task=dict.fromkeys(PENDULUMS, 250_000), memory=["lru", "none"]),
     ],
     "mujoco": [

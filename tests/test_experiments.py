@@ -235,7 +235,24 @@ def test_separate_memories_are_trained_by_different_losses(patched):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The T-maze
+# The environments
+
+
+@pytest.mark.parametrize("level, n", [("Easy", 200), ("Medium", 150), ("Hard", 100)])
+def test_full_pendulum_is_the_task_of_popgym_with_its_velocity(level, n):
+    full = gym.make(f"experiments.full_pendulum:FullPendulum{level}-v0")
+    partial = gym.make(f"popgym-PositionOnlyPendulum{level}-v0")
+    ends = []
+    for env in (full, partial):
+        env.action_space.seed(0)
+    (obs, _), (position, _) = full.reset(seed=0), partial.reset(seed=0)
+    while not any(ends):
+        assert full.observation_space.contains(obs) and obs[:2].tolist() == position.tolist()
+        assert obs[2] == pytest.approx(full.unwrapped.state[1])
+        (obs, *outcome, _), (position, *expected, _) = (env.step(env.action_space.sample()) for env in (full, partial))
+        assert outcome == expected
+        ends, n = outcome[1:], n - 1
+    assert ends == [False, True] and n == 0
 
 
 @pytest.fixture
