@@ -110,15 +110,15 @@ def t_mazes(script, n, episodes):
     ]
 
 
-def popgym_ppo(steps, memory, answers, first=()):
-    """All tasks of POPGym, with the arguments of each family; answers: those of ANSWERS; first: more for FIRST."""
+def popgym_ppo(steps, memory, answers, bandits, first=()):
+    """All tasks of POPGym, with the arguments of each family; first: more than answers for FIRST."""
     short, answers = ["--gae-lambda", "0.5"], ["--gamma", "0", *answers]
     families = [
         (HIDDEN, []),
         ([task for task in ANSWERS if task not in FIRST], answers),
         (FIRST, [*answers, *first]),
         (MINES, [*short, *MANY]),
-        (BANDITS, ["--gamma", "0.5", *short, *FEW]),
+        (BANDITS, ["--gamma", "0.5", *short, *bandits]),
         (GAMES, ["--gamma", "0.5", *short, *ONE_EACH]),
     ]
     return [dict(script=[PPO], task=dict.fromkeys(x, steps), memory=memory, flags=flags) for x, flags in families]
@@ -162,9 +162,9 @@ EXPERIMENTS = {
         dict(script=[PPO], task=dict.fromkeys(["RepeatPreviousEasy", *CONTROL], 250_000), memory=["lru", "none"]),
     ],
     "popgym": [
-        *popgym_ppo(250_000, ["none", "lru", "mingru", "lru mingru", "lru lru mingru"], ONE_EACH),
-        *popgym_ppo(1_000_000, ["lru mingru"], FOUR_EACH),
-        *popgym_ppo(1_000_000, ["lru lru mingru"], FOUR_EACH, LONG_MEMORY),
+        *popgym_ppo(250_000, ["none", "lru", "mingru", "lru mingru", "lru lru mingru"], ONE_EACH, FEW),
+        *popgym_ppo(1_000_000, ["lru mingru"], FOUR_EACH, ONE_EACH),
+        *popgym_ppo(1_000_000, ["lru lru mingru"], FOUR_EACH, ONE_EACH, LONG_MEMORY),
         dict(script=[PPO], task=dict.fromkeys(ANSWERS, 1_000_000), memory=["lru"])
         | dict(flags=["--gamma", "0", *FOUR_EACH]),
         dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
