@@ -392,7 +392,7 @@ def test_video_holds_the_first_episode(script, lengths, episodes, play, tmp_path
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules[name].ImageSequenceClip = clip
     monkeypatch.setattr(Lengths, "lengths", lengths)
-    play(script, *flags(script, "--env-id", f"here/{helpers.lengths(script)}"))
+    play(script, *flags(script, "--env-id", f"here/{helpers.lengths(script)}", "--total-timesteps", 100))
     evaluate = ["--evaluate", checkpoint_of(tmp_path), "--eval-episodes", episodes, "--capture-video"]
     assert play(script, *evaluate)[0] == 0
     (video,) = tmp_path.glob("videos/*.mp4")
