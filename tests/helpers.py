@@ -128,7 +128,7 @@ class Still:
 
 def flags(script, *more):
     """A run of twelve iterations or so, with a checkpoint every few of them."""
-    common = f"--env-id {lengths(script)} --total-timesteps 400 --num-envs 4 --d-model 16 --eval-episodes 20"
+    common = f"--env-id {lengths(script)} --total-timesteps 400 --num-envs 4 --d-model 16 --eval-episodes 8"
     own = "--update-epochs 2" if script is ppo_tbb else "--batch-size 100 --learning-starts 50 --buffer-size 500"
     return [*f"{common} --eval-frequency 90 {own}".split(), *more]
 
