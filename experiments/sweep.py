@@ -67,9 +67,9 @@ HIDDEN = [task for task in POPGYM if "Only" in task]  # control with hidden velo
 MINES = [task for task in POPGYM if "MineSweeper" in task]  # episodes of six or seven steps with random actions
 BANDITS = [task for task in POPGYM if "Bandit" in task]  # episodes of 200 to 600 steps
 GAMES = [task for task in POPGYM if task.startswith(("Battle", "Concentration"))]
-ANSWERS = [task for task in POPGYM if task not in (*HIDDEN, *MINES, *BANDITS, *GAMES)]  # actions change only rewards
-FIRST = [task for task in ANSWERS if task.startswith("RepeatFirst")]  # a card is held for the whole episode
-MORE_ANSWERS = [task for task in MORE_TASKS if task in ANSWERS]
+PREDICTION = [task for task in POPGYM if task not in (*HIDDEN, *MINES, *BANDITS, *GAMES)]  # actions change only rewards
+FIRST = [task for task in PREDICTION if task.startswith("RepeatFirst")]  # a card is held for the whole episode
+MORE_PREDICTION = [task for task in MORE_TASKS if task in PREDICTION]
 PENDULUMS = [f"{noise}PositionOnlyPendulum{level}" for noise in ("", "Noisy") for level in ("Easy", "Medium", "Hard")]
 FULL_PENDULUMS = [f"experiments.full_pendulum:FullPendulum{level}" for level in ("Easy", "Medium", "Hard")]
 ROBOTS = [f"experiments.partial_mujoco:{robot}" for robot in ("Hopper", "Walker2d", "HalfCheetah")]
@@ -110,13 +110,13 @@ def t_mazes(script, n, episodes):
     ]
 
 
-def popgym_ppo(steps, memory, answers, bandits, first=()):
-    """All tasks of POPGym, with the arguments of each family; first: more than answers for FIRST."""
-    short, answers = ["--gae-lambda", "0.5"], ["--gamma", "0", *answers]
+def popgym_ppo(steps, memory, prediction, bandits, first=()):
+    """All tasks of POPGym, with the arguments of each family; first: what FIRST has in addition to `prediction`."""
+    short, prediction = ["--gae-lambda", "0.5"], ["--gamma", "0", *prediction]
     families = [
         (HIDDEN, []),
-        ([task for task in ANSWERS if task not in FIRST], answers),
-        (FIRST, [*answers, *first]),
+        ([task for task in PREDICTION if task not in FIRST], prediction),
+        (FIRST, [*prediction, *first]),
         (MINES, [*short, *MANY]),
         (BANDITS, ["--gamma", "0.5", *short, *bandits]),
         (GAMES, ["--gamma", "0.5", *short, *ONE_EACH]),
@@ -150,7 +150,7 @@ EXPERIMENTS = {
     "memories": [
         LRU | dict(task=MORE_TASKS, memory=MEMORIES),
         dict(script=[PPO], task=dict.fromkeys(CONTROL[:2], 50_000), memory=MEMORIES, flags=HALF),
-        dict(script=[PPO], task=dict.fromkeys(MORE_ANSWERS, 50_000), memory=MEMORIES, flags=[*HALF, "--gamma", "0"]),
+        dict(script=[PPO], task=dict.fromkeys(MORE_PREDICTION, 50_000), memory=MEMORIES, flags=[*HALF, "--gamma", "0"]),
     ],
     "t_maze": [
         *(run for n in (50, 250, 1000) for run in (*t_mazes(TBB, n, 300), *t_mazes(PPO, n, 600))),
@@ -165,7 +165,7 @@ EXPERIMENTS = {
         *popgym_ppo(250_000, ["none", "lru", "mingru", "lru mingru", "lru lru mingru"], ONE_EACH, FEW),
         *popgym_ppo(1_000_000, ["lru mingru"], FOUR_EACH, ONE_EACH),
         *popgym_ppo(1_000_000, ["lru lru mingru"], FOUR_EACH, ONE_EACH, LONG_MEMORY),
-        dict(script=[PPO], task=dict.fromkeys(ANSWERS, 1_000_000), memory=["lru"])
+        dict(script=[PPO], task=dict.fromkeys(PREDICTION, 1_000_000), memory=["lru"])
         | dict(flags=["--gamma", "0", *FOUR_EACH]),
         dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
         dict(script=[RECURRENT_PPO], task=dict.fromkeys([*MORE_TASKS, *EASY_GAMES, *CONTROL], 250_000)),
