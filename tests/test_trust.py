@@ -57,7 +57,7 @@ def in_a_process(folder, path, argv):
 def test_resumed_run_is_bit_identical_after_sigkill(script, play, tmp_path):
     kills = KILLS if script is dqn_tbb else math.ceil(KILLS * 0.15)
     rng, processes = random.Random(kills), multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["helpers", "torch._dynamo"])  # which the scripts import: a life starts at once
+    processes.set_forkserver_preload(["helpers", "torch._dynamo"])  # what scripts and optimizers import
     fresh = flags(script, "--env-id", control(script), "--max-episode-steps", 30, "--eval-frequency", 150)
     fresh += ["--eval-episodes", 4, "--total-timesteps", 500 * kills + 300]
     assert play(script, *fresh, folder="whole")[0] == 0
