@@ -126,11 +126,13 @@ class Still:
         self.gradient = {name: p.grad.clone() for name, p in self.network.named_parameters() if p.grad is not None}
 
 
+TOTAL, FREQUENCY = 240, 50  # a run of seven iterations or so, with a checkpoint after most of them
+
+
 def flags(script, *more):
-    """A run of twelve iterations or so, with a checkpoint every few of them."""
-    common = f"--env-id {lengths(script)} --total-timesteps 400 --num-envs 4 --d-model 16 --eval-episodes 8"
+    common = f"--env-id {lengths(script)} --total-timesteps {TOTAL} --num-envs 4 --d-model 16 --eval-episodes 8"
     own = "--update-epochs 2" if script is ppo_tbb else "--batch-size 100 --learning-starts 50 --buffer-size 500"
-    return [*f"{common} --eval-frequency 90 {own}".split(), *more]
+    return [*f"{common} --eval-frequency {FREQUENCY} {own}".split(), *more]
 
 
 def run(path, argv):

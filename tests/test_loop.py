@@ -25,7 +25,7 @@ def test_learning_rate_is_annealed(script, play, tmp_path, monkeypatch):
     play(script, *flags(script))
     logged = scalars(tmp_path)["charts/learning_rate"]
     begins = [0, *(step for step, _ in logged)][:-1]  # of the iterations
-    expected = [script.Args.learning_rate * (1 - begin / 400) for begin in begins]
+    expected = [script.Args.learning_rate * (1 - begin / helpers.TOTAL) for begin in begins]
     np.testing.assert_allclose([float(lr) for _, lr in logged], expected, rtol=1e-6)
     assert used <= {*expected} and len(used) > 3
 
@@ -35,7 +35,7 @@ def test_epsilon_falls_linearly(script, play, tmp_path):
     play(script, *flags(script, *"--start-e 0.9 --end-e 0.1 --exploration-fraction 0.5".split()))
     logged = scalars(tmp_path)["charts/epsilon"]
     begins = [0, *(step for step, _ in logged)][:-1]
-    expected = [max(0.9 - 0.8 * begin / 200, 0.1) for begin in begins]
+    expected = [max(0.9 - 0.8 * begin / (0.5 * helpers.TOTAL), 0.1) for begin in begins]
     np.testing.assert_allclose([float(epsilon) for _, epsilon in logged], expected, rtol=1e-6)
 
 
@@ -91,7 +91,7 @@ def test_seconds_of_a_resumed_run_add_up(script, play, trained, tmp_path):
     checkpoint = load(path)
     checkpoint["counters"] = *checkpoint["counters"][:-1], 1e6
     torch.save(checkpoint, path)
-    _, out, _ = play(script, "--resume", path, "--total-timesteps", 600)
+    _, out, _ = play(script, "--resume", path, "--total-timesteps", 350)
     assert float(re.search(r"seconds=(\S+)", out)[1]) > 1e6 and load(path)["counters"][-1] > 1e6
 
 

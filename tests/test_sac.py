@@ -209,7 +209,7 @@ def test_unbounded_actions_are_refused(space, play, monkeypatch):
 
 def test_a_resumed_run_takes_a_new_learning_rate(play, tmp_path):
     assert play(sac_tbb, *flags(sac_tbb))[0] == 0
-    more = "--learning-rate", 1e-4, "--total-timesteps", 500
+    more = "--learning-rate", 1e-4, "--total-timesteps", 350
     assert play(sac_tbb, "--resume", checkpoint_of(tmp_path), *more)[0] == 0
     (group,) = load(checkpoint_of(tmp_path))["learners"]["optimizer"]["param_groups"]
     assert group["lr"] == 1e-4

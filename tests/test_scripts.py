@@ -209,7 +209,7 @@ def test_run_ends_with_the_line_that_programs_read(script, env_id, play, tmp_pat
     assert (status, err) == (0, "")
     path = checkpoint_of(tmp_path)
     step, _, episodes = final(out)
-    assert step == load(path)["counters"][1] >= 400 and episodes == 8
+    assert step == load(path)["counters"][1] >= helpers.TOTAL and episodes == 8
     first, *_, checkpoint, _ = out.splitlines()
     assert f"tensorboard --logdir runs/{path.parent.name}" in first
     assert f"checkpoint of step {step:,}: runs/{path.parent.name}/checkpoint.pt" in checkpoint
@@ -248,7 +248,7 @@ def test_checkpoint_is_saved_at_each_evaluation_and_at_the_end(script, play, tmp
     play(script, *flags(script))
     tags = scalars(tmp_path)
     steps = [step for step, _ in tags["charts/SPS"]]
-    due = [b for a, b in zip([0, *steps], steps) if a // 90 < b // 90 or b == steps[-1]]
+    due = [b for a, b in zip([0, *steps], steps) if a // helpers.FREQUENCY < b // helpers.FREQUENCY or b == steps[-1]]
     assert saved == [step for step, _ in tags["charts/eval_return"]] == due and len(due) > 3
     assert calls == ["fsync", "replace"] * len(due)
     assert {*load(checkpoint_of(tmp_path))} == {"script", "args", "counters", "learners"}
@@ -335,8 +335,8 @@ def test_finished_run_says_where_it_stands_and_can_be_prolonged(script, play, tr
     status, out, err = play(script, "--resume", path, "--eval-episodes", 7)  # what it says of them, it has played
     _, evaluated, _ = play(script, "--evaluate", path, "--eval-episodes", 7)
     assert (status, err) == (0, "") and final(out) == final(evaluated) and path.read_bytes() == before
-    status, out, err = play(script, "--resume", path, "--total-timesteps", 600)
-    assert (status, err) == (0, "") and final(out)[0] >= 600
+    status, out, err = play(script, "--resume", path, "--total-timesteps", 350)
+    assert (status, err) == (0, "") and final(out)[0] >= 350
     assert checkpoint_of(tmp_path) == path and load(path)["counters"][1] == final(out)[0]
     for tag, events in scalars(tmp_path).items():
         steps = [step for step, _ in events]
@@ -351,7 +351,7 @@ def test_resumed_run_may_train_more_or_less_often(script, train_frequency, play,
     path, updates, step = checkpoint_of(tmp_path), [], torch.optim.Adam.step
     before = load(path)["counters"][1]
     monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: updates.append(step(optimizer)))
-    _, out, _ = play(script, "--resume", path, "--total-timesteps", 1000, "--train-frequency", train_frequency)
+    _, out, _ = play(script, "--resume", path, "--total-timesteps", 600, "--train-frequency", train_frequency)
     due = (final(out)[0] - before) / train_frequency
     assert abs(len(updates) - due) <= 1 + script.Args.train_frequency / train_frequency
 
@@ -363,8 +363,8 @@ def test_copied_checkpoint_is_continued_where_it_lies(script, play, trained, tmp
     for folder, path in [("copy", tmp_path / "copy" / "my.pt"), ("here", "my.pt")]:
         (tmp_path / folder).mkdir(exist_ok=True)
         shutil.copy(checkpoint_of(tmp_path / "first"), tmp_path / folder / "my.pt")
-        play(script, "--resume", path, "--total-timesteps", 600, folder="here")
-        assert load(tmp_path / folder / "my.pt")["counters"][1] >= 600
+        play(script, "--resume", path, "--total-timesteps", 350, folder="here")
+        assert load(tmp_path / folder / "my.pt")["counters"][1] >= 350
         names = [file.name for file in contents(tmp_path / folder)]
         assert len(names) == 2 and any(name.startswith("events") for name in names)
     assert contents(tmp_path / "first") == before
