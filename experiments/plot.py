@@ -538,28 +538,28 @@ def popgym(runs, folder):
 
 
 def aggregate(runs, labels, folder):
-    """Interquartile means over the most tasks a script has played with one memory, for all that has played these."""
+    """Interquartile means over the most tasks a script has played with one memory, for all that have played these."""
     even = []  # of seeds with which a method has played all its tasks, so that no task weighs more than others
     for some in grouped(runs, "label").values():
         played = [set(unique(own, "seed")) for own in grouped(some, "task").values()]
         even += [run for run in some if run["seed"] in set.intersection(*played)]
     tasks = dict.fromkeys(labels, set())
     tasks |= {name: set(unique(some, "task")) for (name,), some in grouped(even, "label").items()}
-    shared, series, table = {}, {name: [] for name in labels}, []
-    for (script, steps), some in grouped(even, "script", "total_timesteps").items():
+    shared, table = {}, []
+    for (script,), some in grouped(even, "script").items():
         common = max((tasks[name] for name in unique(some, "label")), key=len)
-        shared[f"{len(common)} tasks of {script}, {int(steps):,} steps"] = common
+        shared[f"{len(common)} tasks of {script}"] = common
     if not shared:
         return
-    for name, (group, common) in itertools.product(labels, shared.items()):
+    series = {name: [] for name in labels if any(common <= tasks[name] for common in shared.values())}
+    for name, (group, common) in itertools.product(series, shared.items()):
         own = [run for run in even if run["label"] == name and run["task"] in common]
         whole = common <= tasks[name]
         value = over_tasks(normalised("final return"), own, statistic=interquartile_mean) if whole else ""
         series[name].append(value or (np.nan, np.nan, np.nan))
         table.append({"method": name, "tasks": group, "value": value})
     figure, axes = panels(1, 1, 3 * len(shared) + 2, 3.5)
-    known = {name: bars for name, bars in series.items() if not np.isnan(bars).all()}
-    draw_bars(axes[0, 0], shared, known or series)
+    draw_bars(axes[0, 0], shared, series)
     axes[0, 0].set_ylabel("normalised return (0: random actions)")
     title = f"Interquartile mean over tasks and seeds, and 95% bootstrap interval\n{seeds(even)}"
     save(figure, title, folder, "popgym")

@@ -430,7 +430,7 @@ def test_popgym_tables_of_invented_runs(sweep, tmp_path):
     assert unplayed["best published"] == "1.000" and not unplayed["difference"]
     # ppo_tbb.py has played both of its tasks with the LRU only, the task of recurrent_ppo.py without memory as well
     shared = ("2 tasks of ppo_tbb", "1 tasks of recurrent_ppo", "2 tasks of dqn_tbb")
-    by_ppo, by_sb3, by_dqn = ([cell(means[f"{name}, 2,000 steps"], tasks) for name in memories] for tasks in shared)
+    by_ppo, by_sb3, by_dqn = ([means[f"{name}, 2,000 steps"][tasks] for name in memories] for tasks in shared)
     assert by_ppo == ["0.50 [0.50, 0.56]", "", "", ""]
     assert by_sb3 == ["0.67 [0.60, 0.73]", "0.00 [0.00, 0.00]", "", "0.93 [0.93, 0.93]"]
     assert by_dqn == ["", "", "0.57", ""]
