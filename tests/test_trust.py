@@ -244,8 +244,8 @@ EVERYWHERE = """seed=-1 seed=4294967296 seed=one max-episode-steps=-1 total-time
     eval-frequency=0 eval-episodes=0 gamma=2 gamma=-1 gamma=nan learning-rate=-1 learning-rate=0 learning-rate=nan
     learning-rate=inf max-grad-norm=0 max-grad-norm=-1 max-grad-norm=nan memory=lstm memory= no-such-thing=1
     capture-video="""
-OFF_POLICY = """tau=2 tau=nan learning-starts=-5 learning-starts=240 batch-size=0 batch-size=600 buffer-size=0
-    train-frequency=0"""
+OFF_POLICY = f"""tau=2 tau=nan learning-starts=-5 learning-starts={helpers.TOTAL} batch-size=0 batch-size=600
+    buffer-size=0 train-frequency=0"""
 DQN = OFF_POLICY + " start-e=5 end-e=-1 exploration-fraction=-0.1 exploration-fraction=2"
 WRONG = {
     dqn_tbb: DQN,
@@ -328,7 +328,8 @@ def test_broken_environment_leaves_a_checkpoint_that_resumes(script, what, play,
 
 @each_script
 def test_network_that_is_not_finite_is_refused(script, play, tmp_path):
-    one = {ppo_tbb: "--num-minibatches 1 --update-epochs 1"}.get(script, "--learning-starts 239 --train-frequency 999")
+    off_policy = f"--learning-starts {helpers.TOTAL - 1} --train-frequency 999"
+    one = "--num-minibatches 1 --update-epochs 1" if script is ppo_tbb else off_policy
     more = ["--learning-rate", 1e30, "--eval-frequency", 1000, *one.split()]  # one update, so that no loss follows
     assert_refused(play(script, *flags(script, *more)), "not finite", "unchanged")
     assert not [*tmp_path.glob("runs/*/checkpoint.pt")]
