@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import gymnasium as gym
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 import dqn_tbb
 import sac_tbb
-from helpers import SIGNALS
+from helpers import SIGNALS, forked
 from monoids import MEMORIES
 
 ROOT = Path(__file__).parent.parent
@@ -324,11 +325,31 @@ def played_by(pid):
     return found
 
 
+class Forked:
+    """What sweep.py needs of subprocess.Popen."""
+
+    def __init__(self, arguments, cwd, **kwargs):
+        _, path, *argv = arguments
+        self.process = forked(path, argv, cwd)
+        self.process.start()
+
+    def communicate(self):
+        self.process.join()
+        self.returncode = self.process.exitcode
+        return "", ""
+
+    __enter__, __exit__ = lambda self: self, lambda self, *_: None
+
+
 @pytest.fixture(scope="module")
 def smoke(sweep, tmp_path_factory):
-    """The results of every experiment's smoke test."""
+    """The results of every experiment's smoke test. Other tests compare runs of new processes with them."""
     folder = tmp_path_factory.mktemp("smoke") / "results"
-    assert start(folder, *sweep.EXPERIMENTS).wait() == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "subprocess", types.SimpleNamespace(**vars(subprocess) | {"Popen": Forked}))
+        patch.setattr(signal, "signal", lambda *_: None)  # the handlers of pytest stay
+        patch.setattr(sys, "argv", ["", "--smoke", "--jobs", "1", "--results", str(folder), *sweep.EXPERIMENTS])
+        sweep.main()
     return folder
 
 

@@ -4,7 +4,6 @@ KILLS=200 python -m pytest -s tests/test_trust.py -k sigkill     kills a run 200
 """
 
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -46,18 +45,10 @@ def once_saved(folder, do):
 # Processes killed and interrupted
 
 
-def in_a_process(folder, path, argv):
-    os.chdir(folder)
-    os.dup2(os.open("out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stdout.fileno())
-    torch.set_num_threads(1)
-    sys.exit(helpers.run(path, argv))
-
-
 @each_script
 def test_resumed_run_is_bit_identical_after_sigkill(script, play, tmp_path):
     kills = KILLS if script is dqn_tbb else math.ceil(KILLS * 0.15)
-    rng, processes = random.Random(kills), multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["helpers", "torch._dynamo"])  # what scripts and optimizers import
+    rng = random.Random(kills)
     fresh = flags(script, "--env-id", control(script), "--max-episode-steps", 30, "--eval-frequency", 150)
     fresh += ["--eval-episodes", 4, "--total-timesteps", 500 * kills + 300]
     assert play(script, *fresh, folder="whole")[0] == 0
@@ -67,7 +58,7 @@ def test_resumed_run_is_bit_identical_after_sigkill(script, play, tmp_path):
 
     def start():
         time.sleep(1 - time.time() % 1)  # TensorBoard tells files apart by the second
-        life = processes.Process(target=in_a_process, args=(killed, script.__file__, resume or fresh))
+        life = helpers.forked(script.__file__, resume or fresh, killed)
         life.start()
         return life
 
