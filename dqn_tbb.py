@@ -270,7 +270,7 @@ class Tape:
 def update(q_network, target_network, optimizer, batch, args):
     """Double DQN (van Hasselt et al. 2016): y = r + gamma (1 - terminated) Q_target(s', argmax_a Q(s', a)); Huber."""
     rows, t = batch
-    # CRUCIAL: the next state is the next row, so its value has the whole history (a tape of next_obs lacks row 0)
+    # CRUCIAL: the next state is the next row, so its value has the whole history (next_obs alone lack the first)
     t_next = t + 1
     inputs = (rows.obs, rows.action.roll(1, 0), rows.start, q_network.memory.initial_state(rows.start.shape[1]))
     q, _ = q_network(*inputs)  # (R, 1, num_actions)
@@ -371,27 +371,27 @@ if __name__ == "__main__":
             metrics["charts/eval_return"] = eval_return = evaluate(eval_envs, q_network, args).mean().item()
         seconds = time.time() - start_time
         metrics["charts/SPS"] = sps = int(global_step / seconds)
-        for tag, value in metrics.items():
-            writer.add_scalar(tag, value, global_step)
         if time.time() > shown + 1:
             shown, left = time.time(), max(0, args.total_timesteps - global_step) // max(1, sps)
             line = f"step {global_step:,} of {args.total_timesteps:,}, return {episodic_return:.3f}, {sps:,} steps/s"
             print(f"{line}, {left // 60}:{left % 60:02} left", flush=True)
         finished |= bool(signals)
-        if finished or evaluated:
-            writer.flush()
-            counters = (iteration, global_step, next_update, eval_return, seconds)
-            checkpoint = {"script": script, "args": vars(args) | {"resume": ""}, "counters": counters}
-            checkpoint["learners"] = {name: learner.state_dict() for name, learner in learners.items()}
-            try:  # atomic: whatever happens, there is a complete checkpoint, this one or the one before
+        try:  # atomic: whatever happens, there is a complete checkpoint, this one or the one before
+            for tag, value in metrics.items():
+                writer.add_scalar(tag, value, global_step)
+            if finished or evaluated:
+                writer.flush()
+                counters = (iteration, global_step, next_update, eval_return, seconds)
+                checkpoint = {"script": script, "args": vars(args) | {"resume": ""}, "counters": counters}
+                checkpoint["learners"] = {name: learner.state_dict() for name, learner in learners.items()}
                 with open(f"{path}.tmp", "wb") as file:
                     torch.save(checkpoint, file)
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(f"{path}.tmp", path)
                 checkpoint = saved = None  # copies of all that is learned and stored
-            except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
-                fail(f"{path}: {str(error).splitlines()[0]}; the checkpoint before it is unchanged")
+        except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
+            fail(f"{path}: {str(error).splitlines()[0]}; the checkpoint before it is unchanged")
 
     print(f"checkpoint of step {global_step:,}: {path} (--resume continues from it)")
     if signals:

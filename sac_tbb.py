@@ -54,7 +54,7 @@ class Args:
     total_timesteps: int = 50_000
     """transitions to collect; the last iteration may exceed it, since episodes are finished"""
     learning_rate: float = 1e-3
-    """the learning rate of the optimizer"""
+    """the learning rate of the optimizer and of log_alpha"""
     num_envs: int = 4
     """the number of parallel environments; in an iteration each plays one episode"""
     max_episode_steps: int = 0
@@ -275,7 +275,7 @@ def update(agent, target_agent, optimizer, batch, args):
     alpha, entropy = agent.log_alpha.exp(), -logprob[t].detach().mean()
     with torch.no_grad():
         value = target_agent.q_values(target_agent(*inputs)[0], action).amin(-1) - alpha * logprob
-        # CRUCIAL: the next state is the next row, so its value has the whole history (a tape of next_obs lacks row 0)
+        # CRUCIAL: the next state is the next row, so its value has the whole history (next_obs alone lack the first)
         td_target = rows.reward[t] / agent.reward_scale + args.gamma * ~rows.terminated[t] * value[t + 1]
     old_val = agent.q_values(x, rows.action)[t]  # (n, 1, 2)
     loss = F.mse_loss(old_val, td_target[..., None].expand_as(old_val))
@@ -372,27 +372,27 @@ if __name__ == "__main__":
             metrics["charts/eval_return"] = eval_return = evaluate(eval_envs, agent, args).mean().item()
         seconds = time.time() - start_time
         metrics["charts/SPS"] = sps = int(global_step / seconds)
-        for tag, value in metrics.items():
-            writer.add_scalar(tag, value, global_step)
         if time.time() > shown + 1:
             shown, left = time.time(), max(0, args.total_timesteps - global_step) // max(1, sps)
             line = f"step {global_step:,} of {args.total_timesteps:,}, return {episodic_return:.3f}, {sps:,} steps/s"
             print(f"{line}, {left // 60}:{left % 60:02} left", flush=True)
         finished |= bool(signals)
-        if finished or evaluated:
-            writer.flush()
-            counters = (iteration, global_step, next_update, eval_return, seconds)
-            checkpoint = {"script": script, "args": vars(args) | {"resume": ""}, "counters": counters}
-            checkpoint["learners"] = {name: learner.state_dict() for name, learner in learners.items()}
-            try:  # atomic: whatever happens, there is a complete checkpoint, this one or the one before
+        try:  # atomic: whatever happens, there is a complete checkpoint, this one or the one before
+            for tag, value in metrics.items():
+                writer.add_scalar(tag, value, global_step)
+            if finished or evaluated:
+                writer.flush()
+                counters = (iteration, global_step, next_update, eval_return, seconds)
+                checkpoint = {"script": script, "args": vars(args) | {"resume": ""}, "counters": counters}
+                checkpoint["learners"] = {name: learner.state_dict() for name, learner in learners.items()}
                 with open(f"{path}.tmp", "wb") as file:
                     torch.save(checkpoint, file)
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(f"{path}.tmp", path)
                 checkpoint = saved = None  # copies of all that is learned and stored
-            except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
-                fail(f"{path}: {str(error).splitlines()[0]}; the checkpoint before it is unchanged")
+        except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
+            fail(f"{path}: {str(error).splitlines()[0]}; the checkpoint before it is unchanged")
 
     print(f"checkpoint of step {global_step:,}: {path} (--resume continues from it)")
     if signals:

@@ -21,6 +21,7 @@ from gymnasium.spaces import Box
 from helpers import Lengths, assert_refused, checkpoint_of, contents, control, each, each_script, flags, load, outcome
 from helpers import scalars
 from torch.utils._pytree import tree_leaves
+from torch.utils.tensorboard import SummaryWriter
 
 import dqn_sbb
 import dqn_tbb
@@ -118,19 +119,24 @@ def test_resumed_run_is_bit_identical_after_signals(script, play, trained, tmp_p
 
 
 @each_script
-@pytest.mark.parametrize("error", [None, RuntimeError("unexpected pos 64\nC++")], ids=["OSError", "torch"])
-def test_full_disk_leaves_the_checkpoint_before(script, error, play, tmp_path, monkeypatch):
+@pytest.mark.parametrize("broken", ["file", "torch.save", "SummaryWriter.add_scalar"])
+def test_full_disk_leaves_the_checkpoint_before(script, broken, play, tmp_path, monkeypatch):
     seen = []
 
     def save(*args):
-        raise error
+        raise RuntimeError("unexpected pos 64\nC++")
+
+    def add_scalar(*args):
+        raise OSError("No space left on device")
 
     def fill(path, *results):
         if not seen:
             seen.append(path.read_bytes())
             os.symlink("/dev/full", f"{path}.tmp")
-            if error:
+            if broken == "torch.save":
                 patch.setattr(torch, "save", save)
+            if broken == "SummaryWriter.add_scalar":
+                patch.setattr(SummaryWriter, "add_scalar", add_scalar)
         return results
 
     with monkeypatch.context() as patch:
