@@ -85,6 +85,8 @@ class resettable(Monoid):  # in lower case: it is used as a function from monoid
 
 def _expand(start, x):
     """start (T,) or (T, B) -> with as many dimensions as x (T, B, ...)"""
+    if start.ndim > x.ndim:  # (T, 1) beside (T,) would broadcast to (T, T)
+        raise ValueError(f"start or done {tuple(start.shape)} has more dimensions than {tuple(x.shape)}")
     return start.reshape(start.shape + (1,) * (x.ndim - start.ndim))
 
 
@@ -214,9 +216,11 @@ def discounted_return(gamma, reward, done, next_value=None):
     gamma: the discount, a float or a tensor that broadcasts; reward (T, ...) float; done bool, of the shape of reward
     or its leading dimensions: the episode ended here, terminated or truncated; next_value (T, ...): the value of the
     state that follows, read only where a row is done or the last (None: zero). Pass 0 there for a terminal state.
-    Returns G (T, ...). Section 4.2 of the paper.
+    Returns G (T, ...). ValueError if the shapes of reward and next_value differ. Section 4.2 of the paper.
     """
     if next_value is not None:
+        if next_value.shape != reward.shape:
+            raise ValueError(f"discounted_return: shapes differ: {reward.shape} and {next_value.shape}")
         ends = _expand(done, reward).bool().clone()
         ends[-1] = True
         reward = reward + gamma * torch.where(ends, next_value, 0)
@@ -270,7 +274,7 @@ class Cell(nn.Module):
         decay, b = self.lift(x)
         state = torch.where(_expand(start[0], state), 0, state)  # else NaN in it would make linear_recurrence slow
         h = linear_recurrence(decay, b, state, start=start)
-        return self.readout(h, x), h[-1]
+        return self.readout(h, x), h[-1].clone()  # a view would keep all of h in memory
 
 
 class LRUCell(Cell):
@@ -329,7 +333,8 @@ class S5Cell(Cell):
         skew = torch.tril(-2 * torch.outer(p, p), -1)
         skew = (skew - skew.T) / 2  # HiPPO-N = -1/2 I + skew: the normal part of HiPPO-LegS
         imag, V = torch.linalg.eigh(-1j * skew)
-        imag, V = imag[: n // 2].float(), V[:, : n // 2].to(torch.complex64)  # (n/2,), (n, n/2)
+        dtype = torch.get_default_dtype()
+        imag, V = imag[: n // 2].to(dtype), V[:, : n // 2].to(dtype.to_complex())  # (n/2,), (n, n/2)
         B = torch.randn(blocks, n, d_model) * d_model**-0.5
         C = torch.view_as_complex(torch.randn(d_model, blocks, n, 2)) * (blocks * n) ** -0.5
         self.log_real = nn.Parameter(torch.full((d_state,), math.log(0.5)))
@@ -396,7 +401,7 @@ class LinearTransformerCell(Cell):
     def __init__(self, d_model, num_heads=2, d_key=32, d_value=8):
         super().__init__()
         if d_key < 2 or d_key % 2:
-            raise ValueError(f"linear transformer: d_key ({d_key}) must be even")
+            raise ValueError(f"linear transformer: d_key ({d_key}) must be even and at least 2")
         self.state_shape, self.is_complex = (num_heads, d_key // 2, d_value + 1), True  # (S, z), pairs of rows complex
         self.num_heads = num_heads
         self.query = nn.Linear(d_model, num_heads * d_key)
@@ -438,7 +443,7 @@ class MinGRUCell(Cell):
         nn.init.uniform_(self.gate.bias, -math.log(horizon), 0)
 
     def lift(self, x):
-        z = torch.sigmoid(self.gate(x))  # (T, B, d_state)
+        z = torch.sigmoid(self.gate(x).to(self.gate.weight.dtype))  # (T, B, d_state); autocast would round 1 - z to 1
         return 1 - z, z * self.candidate(x)
 
     def readout(self, h, x):
@@ -469,7 +474,7 @@ class GRUCell(nn.Module):
         # not packed: on a CPU the backward pass of a packed sequence takes time quadratic in its length
         y, _ = self.gru(x.transpose(0, 1).flatten(0, 1)[rows], h[None])
         y = y.transpose(0, 1)[(step < lengths).T].unflatten(0, (B, T)).transpose(0, 1)  # (T, B, d_state)
-        return self.output(y), y[-1]
+        return self.output(y), y[-1].clone()
 
 
 class Memory(nn.Module):
