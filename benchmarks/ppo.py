@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import measure
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # both on the CPU
+import measure  # noqa: E402
 
 ENV_ID, GOAL = "popgym-RepeatPreviousEasy-v0", 0.99
 

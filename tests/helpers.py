@@ -152,8 +152,10 @@ FORKSERVER.set_forkserver_preload(["helpers", "torch._dynamo"])  # what scripts 
 
 
 def forked(path, argv, folder):
-    """A process that runs a script in a folder, its stdout in the file out. Saves the ten seconds of CPU time that a new
-    Python needs for its imports."""
+    """A process that runs a script in a folder, its stdout in the file out.
+
+    Saves the ten seconds of CPU time that a new Python needs for its imports.
+    """
     return FORKSERVER.Process(target=in_folder, args=(path, argv, folder))
 
 
@@ -215,7 +217,7 @@ def load(path):
 
 
 def bits(tree):
-    """Such that == means: to the last bit, NaN and -0 included."""
+    """Bytes and texts, which == compares to the last bit, NaN and -0 included."""
     return [x.numpy().tobytes() if torch.is_tensor(x) else repr(x) for x in tree_leaves(tree)]
 
 

@@ -399,7 +399,7 @@ ALGORITHM = [
     ('        optimizer.param_groups[0]["lr"]', "        lengths = "),
     ("        iteration, global_step =", "        finished = global_step"),
     ("        if evaluated := ", "        seconds = "),
-    ("            writer.flush()", "            checkpoint = "),
+    ("                writer.flush()", "                checkpoint = "),
 ]
 
 ACTOR = [

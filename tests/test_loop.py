@@ -107,7 +107,7 @@ def test_updates_begin_after_learning_starts(script, play, monkeypatch):
 @pytest.mark.parametrize("tau", [0, 1])
 def test_target_network_of_a_run_follows_by_tau(script, tau, play, tmp_path):
     """Not at all, or to the very weights."""
-    assert play(script, *flags(script, "--tau", tau))[0] == 0
+    assert play(script, *flags(script, "--tau", tau, "--total-timesteps", 120))[0] == 0
     network, target, *_ = load(checkpoint_of(tmp_path))["learners"].values()
     same = {torch.equal(network[name], target[name]) for name in network if name.endswith("weight")}
     assert same == {tau == 1}
@@ -133,7 +133,7 @@ def test_gradient_is_clipped(script, play, monkeypatch):
         step(optimizer)
 
     monkeypatch.setattr(torch.optim.Adam, "step", note)
-    assert play(script, *flags(script, "--max-grad-norm", 1e-3))[0] == 0
+    assert play(script, *flags(script, "--max-grad-norm", 1e-3, "--total-timesteps", 120))[0] == 0
     assert max(norms) == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -159,10 +159,3 @@ def test_compiled_networks_get_batches_of_few_sizes(script, play, monkeypatch):
     assert (status, err) == (0, "") and final(out)
     assert len(compiled) == (1 if script is ppo_tbb else 2) and not any(options["dynamic"] for options in compiled)
     assert sizes == {51} if script is dqn_sbb else sizes and not any(size % 64 for size in sizes)
-
-
-@each_script
-def test_run_ends_at_total_timesteps(script, play, monkeypatch):
-    monkeypatch.setattr(Lengths, "lengths", [1])
-    _, out, _ = play(script, *flags(script, "--total-timesteps", 100))
-    assert final(out)[0] == 100

@@ -16,7 +16,7 @@ import sac_tbb
 from monoids import MEMORIES
 from sac_tbb import Rows
 
-play = helpers.play
+play, trained = helpers.play, helpers.trained
 K = 2  # components of an action
 
 
@@ -207,16 +207,16 @@ def test_unbounded_actions_are_refused(space, play, monkeypatch):
     assert_refused(play(sac_tbb, "--env-id", "CartPole-v1"), "SAC takes bounded Box actions", "Discrete(2)")
 
 
-def test_a_resumed_run_takes_a_new_learning_rate(play, tmp_path):
-    assert play(sac_tbb, *flags(sac_tbb))[0] == 0
+def test_a_resumed_run_takes_a_new_learning_rate(play, trained, tmp_path):
+    trained(sac_tbb)
     more = "--learning-rate", 1e-4, "--total-timesteps", 350
     assert play(sac_tbb, "--resume", checkpoint_of(tmp_path), *more)[0] == 0
     (group,) = load(checkpoint_of(tmp_path))["learners"]["optimizer"]["param_groups"]
     assert group["lr"] == 1e-4
 
 
-def test_reward_scale_is_the_root_mean_square_of_the_tape(play, tmp_path):
-    assert play(sac_tbb, *flags(sac_tbb))[0] == 0
+def test_reward_scale_is_the_root_mean_square_of_the_tape(trained, tmp_path):
+    trained(sac_tbb)
     learners = load(checkpoint_of(tmp_path))["learners"]
     reward = learners["buffer"]["rows"][2]
     torch.testing.assert_close(learners["agent"]["reward_scale"], reward.square().mean().sqrt())
