@@ -219,11 +219,12 @@ def discounted_return(gamma, reward, done, next_value=None):
     Returns G (T, ...). ValueError if the shapes of reward and next_value differ. Section 4.2 of the paper.
     """
     if next_value is not None:
-        if next_value.shape != reward.shape:
-            raise ValueError(f"discounted_return: shapes differ: {reward.shape} and {next_value.shape}")
         ends = _expand(done, reward).bool().clone()
         ends[-1] = True
-        reward = reward + gamma * torch.where(ends, next_value, 0)
+        next_value = torch.where(ends, next_value, 0)
+        if torch.broadcast_shapes(next_value.shape, reward.shape) != reward.shape:
+            raise ValueError(f"discounted_return: shapes differ: {next_value.shape} and {reward.shape}")
+        reward = reward + gamma * next_value
     # backwards in time, an episode starts where it is done
     return linear_recurrence(gamma * reward.new_ones(1), reward, reverse=True, start=done)
 
