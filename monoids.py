@@ -216,7 +216,7 @@ def discounted_return(gamma, reward, done, next_value=None):
     gamma: the discount, a float or a tensor that broadcasts; reward (T, ...) float; done bool, of the shape of reward
     or its leading dimensions: the episode ended here, terminated or truncated; next_value (T, ...): the value of the
     state that follows, read only where a row is done or the last (None: zero). Pass 0 there for a terminal state.
-    Returns G (T, ...). ValueError if the shapes of reward and next_value differ. Section 4.2 of the paper.
+    Returns G (T, ...). ValueError if next_value does not broadcast to reward. Section 4.2 of the paper.
     """
     if next_value is not None:
         ends = _expand(done, reward).bool().clone()
