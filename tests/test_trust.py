@@ -9,7 +9,6 @@ import pickle
 import random
 import re
 import signal
-import sys
 import time
 from contextlib import nullcontext
 
