@@ -25,7 +25,6 @@ import dqn_tbb
 import monoids
 import ppo_tbb
 import sac_tbb
-from monoids import CELLS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"

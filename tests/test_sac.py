@@ -1,7 +1,6 @@
 """SAC over tapes: the losses against slow ones that feed every history on its own, the policy, the spaces of actions."""
 
 import copy
-from functools import partial
 
 import gymnasium as gym
 import helpers

@@ -14,7 +14,6 @@ import pytest
 import torch
 import test_monoids
 from test_monoids import AFFINE, COMPLEX, REAL, D, either_way, loop, memory_of, same
-from torch.testing import assert_close
 
 import monoids
 from monoids import linear_recurrence
