@@ -270,7 +270,7 @@ class Tape:
 def update(q_network, target_network, optimizer, batch, args):
     """Double DQN (van Hasselt et al. 2016): y = r + gamma (1 - terminated) Q_target(s', argmax_a Q(s', a)); Huber."""
     rows, t = batch
-    # CRUCIAL: the next state is the next row, so its value has the whole history (next_obs alone lack the first)
+    # CRUCIAL: the next state is the next row, so its value has the whole history (next_obs alone lacks obs_0)
     t_next = t + 1
     inputs = (rows.obs, rows.action.roll(1, 0), rows.start, q_network.memory.initial_state(rows.start.shape[1]))
     q, _ = q_network(*inputs)  # (R, 1, num_actions)

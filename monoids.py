@@ -143,8 +143,8 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
     reverse: h_t = decay_t h_{t+1} + x_t instead
     start:   bool (in other dtypes, nonzero is True), (T,) or (T, B): the leading dimensions of x. h_t = x_t where it is
              True: not even NaN passes from the state before. None: no resets
-    Returns h (T, ...), in the dtype to which decay, x and initial promote. ValueError if T is 0, RuntimeError if shapes
-    do not broadcast.
+    Returns h (T, ...), in the dtype to which decay, x and initial promote. ValueError if T is 0, ValueError or
+    RuntimeError if shapes do not broadcast.
 
     Equals `scan(Affine(), (decay, x))[1]`, with start `scan(resettable(Affine()), ((decay, x), start))[0][1]`, where
     initial is None and products of decays are finite, as for |decay| <= 1.
@@ -216,7 +216,7 @@ def discounted_return(gamma, reward, done, next_value=None):
     gamma: the discount, a float or a tensor that broadcasts; reward (T, ...) float; done bool, of the shape of reward
     or its leading dimensions: the episode ended here, terminated or truncated; next_value (T, ...): the value of the
     state that follows, read only where a row is done or the last (None: zero). Pass 0 there for a terminal state.
-    Returns G (T, ...). ValueError if next_value does not broadcast to reward. Section 4.2 of the paper.
+    Returns G (T, ...). ValueError if done or next_value would enlarge reward. Section 4.2 of the paper.
     """
     if next_value is not None:
         ends = _expand(done, reward).bool().clone()
@@ -239,7 +239,7 @@ def gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
     the state that follows row t, read only where not terminated; done bool, of their shape or its leading dimensions:
     the episode ended here, terminated or truncated; terminated, likewise: it ended in a terminal state (None: wherever
     done). The last row bootstraps from next_value unless terminated. Returns A (T, ...); returns-to-go are A + value.
-    ValueError if the shapes of value, next_value and reward differ.
+    ValueError if the shapes of value, next_value and reward differ or flags have more dimensions.
     """
     if not value.shape == next_value.shape == reward.shape:
         raise ValueError(f"gae: shapes differ: {value.shape}, {next_value.shape} and {reward.shape}")

@@ -275,7 +275,7 @@ def update(agent, target_agent, optimizer, batch, args):
     alpha, entropy = agent.log_alpha.exp(), -logprob[t].detach().mean()
     with torch.no_grad():
         value = target_agent.q_values(target_agent(*inputs)[0], action).amin(-1) - alpha * logprob
-        # CRUCIAL: the next state is the next row, so its value has the whole history (next_obs alone lack the first)
+        # CRUCIAL: the next state is the next row, so its value has the whole history (next_obs alone lacks obs_0)
         td_target = rows.reward[t] / agent.reward_scale + args.gamma * ~rows.terminated[t] * value[t + 1]
     old_val = agent.q_values(x, rows.action)[t]  # (n, 1, 2)
     loss = F.mse_loss(old_val, td_target[..., None].expand_as(old_val))
