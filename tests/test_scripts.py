@@ -232,6 +232,22 @@ def test_same_seed_gives_the_same_run(script, play, trained, tmp_path):
 
 
 @each_script
+def test_what_environments_are_made_of_is_a_function_of_the_seed(script, play, monkeypatch):
+    """Constructors may draw from any generator, for a maze that stays the same in all episodes."""
+    drawn = []
+
+    def draw(env, **kwargs):
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+
+    monkeypatch.setattr(Lengths, "__init__", draw)
+    for seed in (1, 1, 2):
+        assert play(script, *flags(script, "--total-timesteps", 60, "--seed", seed), folder=f"{len(drawn)}")[0] == 0
+    a, b, c = np.split(np.array(drawn), 3)
+    np.testing.assert_array_equal(a, b)
+    assert (a != c).all()
+
+
+@each_script
 def test_evaluations_do_not_affect_training(script, play, trained, tmp_path):
     trained(script, "often")
     play(script, *flags(script, "--eval-frequency", 1000, "--eval-episodes", 1), folder="once")
