@@ -85,8 +85,8 @@ class resettable(Monoid):  # in lower case: it is used as a function from monoid
 
 def _expand(start, x):
     """start (T,) or (T, B) -> with as many dimensions as x (T, B, ...)"""
-    if start.ndim > x.ndim:  # (T, 1) beside (T,) would broadcast to (T, T)
-        raise ValueError(f"start or done {tuple(start.shape)} has more dimensions than {tuple(x.shape)}")
+    if start.ndim > x.ndim or any(n not in (1, m) for n, m in zip(start.shape, x.shape)):
+        raise ValueError(f"start or done {tuple(start.shape)} does not fit {tuple(x.shape)}")  # nor may it enlarge x
     return start.reshape(start.shape + (1,) * (x.ndim - start.ndim))
 
 
@@ -146,8 +146,8 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
     Returns h (T, ...), in the dtype to which decay, x and initial promote. ValueError if T is 0, ValueError or
     RuntimeError if shapes do not broadcast.
 
-    Equals `scan(Affine(), (decay, x))[1]`, with start `scan(resettable(Affine()), ((decay, x), start))[0][1]`, where
-    initial is None and products of decays are finite, as for |decay| <= 1.
+    Exact where products of decays are finite, as for |decay| <= 1. With initial None it then equals `scan(Affine(),
+    (decay, x))[1]`, with start `scan(resettable(Affine()), ((decay, x), start))[0][1]`.
     The backward pass is the same recurrence, reversed, and saves only decay and h, so memory is O(T):
         dL/dx_t = dL/dh_t + conj(decay_{t+1}) dL/dx_{t+1}        dL/ddecay_t = dL/dx_t conj(h_{t-1})
     Works with higher derivatives and with torch.func's grad and vmap, not with forward-mode derivatives (jvp).
@@ -182,8 +182,8 @@ class _LinearRecurrence(torch.autograd.Function):
         first, last, shift = (-1, 0, 1) if ctx.reverse else (0, -1, -1)
         next_decay = decay.roll(shift, 0).conj().resolve_conj()
         next_start = None if start is None else start.roll(shift, 0)
-        if start is not None:
-            next_start[last] = True  # nothing follows it; what was rolled there is the first row's decay, maybe NaN
+        if len(decay) == len(h):
+            next_decay[last] = 0  # nothing follows it; what was rolled there is the first row's decay, maybe NaN
         grad_x = _LinearRecurrence.run(next_decay, grad, torch.zeros_like(initial), next_start, not ctx.reverse)
         grad_initial, grad_decay = grad_x[first] * decay[first].conj(), None
         if start is not None:
@@ -216,11 +216,11 @@ def discounted_return(gamma, reward, done, next_value=None):
     gamma: the discount, a float or a tensor that broadcasts; reward (T, ...) float; done bool, of the shape of reward
     or its leading dimensions: the episode ended here, terminated or truncated; next_value (T, ...): the value of the
     state that follows, read only where a row is done or the last (None: zero). Pass 0 there for a terminal state.
-    Returns G (T, ...). ValueError if done or next_value would enlarge reward. Section 4.2 of the paper.
+    Returns G (T, ...). ValueError or RuntimeError if done or next_value would enlarge reward. Section 4.2 of the paper.
     """
     if next_value is not None:
         ends = _expand(done, reward).bool().clone()
-        ends[-1] = True
+        ends[-1:] = True
         next_value = torch.where(ends, next_value, 0)
         if torch.broadcast_shapes(next_value.shape, reward.shape) != reward.shape:
             raise ValueError(f"discounted_return: shapes differ: {next_value.shape} and {reward.shape}")
@@ -239,7 +239,7 @@ def gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
     the state that follows row t, read only where not terminated; done bool, of their shape or its leading dimensions:
     the episode ended here, terminated or truncated; terminated, likewise: it ended in a terminal state (None: wherever
     done). The last row bootstraps from next_value unless terminated. Returns A (T, ...); returns-to-go are A + value.
-    ValueError if the shapes of value, next_value and reward differ or flags have more dimensions.
+    ValueError or RuntimeError if the shapes of value, next_value and reward differ or flags would enlarge them.
     """
     if not value.shape == next_value.shape == reward.shape:
         raise ValueError(f"gae: shapes differ: {value.shape}, {next_value.shape} and {reward.shape}")
@@ -489,7 +489,7 @@ class Memory(nn.Module):
     memory(x, state, start): x (T, B, d_model) float, T >= 1; start (T, B) bool (in other dtypes, nonzero is True) -> y
         (T, B, d_model), the state after row T-1. A row whose start is True sees the initial state instead of what came
         before it, NaN included. All rows at once, one row at a time with the state carried over, or any other split
-        give the same y. Raises ValueError if the batch size or the number of layers of the state is wrong.
+        give the same y. Raises ValueError if the shape of start or the state's batch size or number of layers is wrong.
     """
 
     def __init__(self, d_model, cells):
@@ -504,6 +504,8 @@ class Memory(nn.Module):
     def forward(self, x, state, start):
         if (sizes := [*map(len, state)]) != (expected := [x.shape[1]] * len(self.cells)):
             raise ValueError(f"memory: the batch sizes of the layers' states must be {expected}, not {sizes}")
+        if start.shape != x.shape[:2]:
+            raise ValueError(f"memory: start must be {tuple(x.shape[:2])}, not {tuple(start.shape)}")
         start, after = start.bool(), []
         norms = self.norms[::2], self.norms[1::2]
         for cell, norm, norm2, gate, h in zip(self.cells, *norms, self.gates, state, strict=True):
@@ -548,7 +550,7 @@ def _recur(decay: Tensor, x: Tensor, initial: Tensor, start: Tensor | None, reve
         return h
     decay = torch.where(start, 0, decay).expand(x.shape)
     (a, b), started = scan(resettable(Affine()), ((decay, x), start), reverse)
-    return b + torch.where(started, 0, a * initial)
+    return (b + torch.where(started, 0, a * initial)).contiguous()
 
 
 # torch.compile cannot fuse a loop over time of complex numbers: for it, the recurrence is one operator

@@ -412,6 +412,28 @@ def test_nan_does_not_cross_a_start(T, reverse, kind, first, bad):
     assert_close(*results)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@each_kind
+@either_way
+@pytest.mark.parametrize("T", [1, 9, 40])
+def test_first_decay_affects_no_gradient_of_x(T, reverse, kind, bad):
+    """Not even if it is not finite; without an initial state it affects nothing that is finite."""
+    decay, x = (normal(T, 2, dtype=dtype) for dtype in KINDS[kind])
+    damaged = decay.detach().clone()
+    damaged[T - 1 if reverse else 0] = bad
+    outputs = (linear_recurrence(a, x, reverse=reverse) for a in (decay, damaged))
+    assert_close(*(torch.autograd.grad(h.real.sum(), x)[0] for h in outputs))
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 2), (9, 1)], ids=str)
+def test_starts_broadcast(shape):
+    inputs, start = affine(9, 2), starts(*shape)
+    wide = start.reshape(*shape, *[1] * (2 - len(shape))).expand(9, 2)
+    h = [linear_recurrence(*inputs, start=x) for x in (start, wide)]
+    assert_close(*h)
+    assert_close(*(torch.autograd.grad(y.sin().sum(), inputs) for y in h))
+
+
 @either_way
 def test_recurrence_promotes_to_the_dtype_of_initial(reverse):
     inputs = normal(2), normal(9, 3, 2), normal(3, 2, dtype=COMPLEX)
@@ -522,20 +544,24 @@ def test_one_done_for_all_sequences():
 
 
 def test_shapes_that_differ_are_refused():
-    """(T, 1) beside (T,) would broadcast to (T, T)."""
-    flat, wide = torch.zeros(4), torch.zeros(4, 1)
+    """(T, 1) beside (T,) would broadcast to (T, T), (T, N) beside (T, 1) to (T, N)."""
+    flat, wide, wider = torch.zeros(4), torch.zeros(4, 1), torch.zeros(4, 3)
     refused = functools.partial(pytest.raises, ValueError)
     with refused(match="shapes differ"):
         gae(0.9, 0.8, wide, wide, flat, flat)
     for reward, next_value in (flat, wide), (wide, flat):
         with refused(match="shapes differ"):
             discounted_return(0.9, reward, flat, next_value)
-    for done, terminated in (wide, None), (flat, wide), (wide, flat):
-        with refused(match="more dimensions"):
-            gae(0.9, 0.8, flat, flat, flat, done, terminated)
-    for next_value in flat, None:
-        with refused(match="more dimensions"):
-            discounted_return(0.9, flat, wide, next_value)
+    for x, done, terminated in (flat, wide, None), (flat, flat, wide), (flat, wide, flat), (wide, wider, None):
+        with refused(match="does not fit"):
+            gae(0.9, 0.8, x, x, x, done, terminated)
+    for reward, done in (flat, wide), (wide, wider):
+        for next_value in reward, None:
+            with refused(match="does not fit"):
+                discounted_return(0.9, reward, done, next_value)
+    for next_value in torch.zeros(0), None:
+        with refused(match="at least one row"):
+            discounted_return(0.9, torch.zeros(0), torch.zeros(0), next_value)
 
 
 def test_return_leaves_its_inputs():
@@ -628,13 +654,16 @@ def test_make_memory():
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_state_of_another_batch_size_is_refused(name):
+def test_state_or_start_of_another_size_is_refused(name):
     memory = memory_of(name)
     for B in 1, 4:
         with pytest.raises(ValueError, match=r"batch sizes .* must be \[2, 2\]"):
             memory(normal(5, 2, D), memory.initial_state(B), starts(5, 2))
     with pytest.raises(ValueError, match=r"\[2, 2\], not \[2\]"):
         memory(normal(5, 2, D), memory.initial_state(2)[1:], starts(5, 2))
+    for shape in (5,), (5, 1), (1, 2), (6, 2):
+        with pytest.raises(ValueError, match="start"):
+            memory(normal(5, 2, D), memory.initial_state(2), starts(*shape))
 
 
 @each_memory
