@@ -120,7 +120,7 @@ def make_envs(args, num_envs, video=False):
     def make_env(index):
         """Observations become a flat float32 Box, with one-hot categories; actions become Discrete(n)."""
         render = {"render_mode": "rgb_array"} if video else {}
-        env = gym.make(args.env_id, args.max_episode_steps or None, **render, **args.env_kwargs)
+        env = gym.make(args.env_id, args.max_episode_steps or None, **(args.env_kwargs | render))
         if video and index == 0:
             env = gym.wrappers.RecordVideo(env, "videos", name_prefix="eval", episode_trigger=lambda n: n == 0)
         space = env.observation_space
@@ -138,8 +138,8 @@ def make_envs(args, num_envs, video=False):
         makers = [partial(make_env, index) for index in range(num_envs)]
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     except Exception as error:  # an environment can raise anything
-        hint = "an id may name its module, module:MyEnv-v0; an ObservationWrapper can make a Box of any observation"
-        fail(f"--env-id {args.env_id}: {str(error) or 'unknown observation space'} ({hint})")
+        hint = "an id may name its module, module:MyEnv-v0; observations of other spaces need an ObservationWrapper"
+        fail(f"--env-id {args.env_id}: {str(error) or type(error).__name__} ({hint})")
 
 
 class Rows(NamedTuple):
@@ -371,10 +371,6 @@ if __name__ == "__main__":
             metrics["charts/eval_return"] = eval_return = evaluate(eval_envs, q_network, args).mean().item()
         seconds = time.time() - start_time
         metrics["charts/SPS"] = sps = int(global_step / seconds)
-        if time.time() > shown + 1:
-            shown, left = time.time(), max(0, args.total_timesteps - global_step) // max(1, sps)
-            line = f"step {global_step:,} of {args.total_timesteps:,}, return {episodic_return:.3f}, {sps:,} steps/s"
-            print(f"{line}, {left // 60}:{left % 60:02} left", flush=True)
         finished |= bool(signals)
         try:  # atomic: whatever happens, there is a complete checkpoint, this one or the one before
             for tag, value in metrics.items():
@@ -392,6 +388,10 @@ if __name__ == "__main__":
                 checkpoint = saved = None  # copies of all that is learned and stored
         except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
             fail(f"{path}: {str(error).splitlines()[0]}; the checkpoint before it is unchanged")
+        if time.time() > shown + 1:  # after saving: with `| tee`, Ctrl-C has closed stdout
+            shown, left = time.time(), max(0, args.total_timesteps - global_step) // max(1, sps)
+            line = f"step {global_step:,} of {args.total_timesteps:,}, return {episodic_return:.3f}, {sps:,} steps/s"
+            print(f"{line}, {left // 60}:{left % 60:02} left", flush=True)
 
     print(f"checkpoint of step {global_step:,}: {path} (--resume continues from it)")
     if signals:

@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import helpers
 import numpy as np
@@ -293,8 +294,11 @@ def test_unknown_environment_is_refused_and_modules_are_mentioned(script, env_id
 
 
 @each_script
-def test_environment_that_cannot_be_made_is_refused(script, play, tmp_path):
+def test_environment_that_cannot_be_made_is_refused(script, play, tmp_path, monkeypatch):
     assert_refused(play(script, "--env-id", "FrozenLake-v1", "--env-kwargs", "map_name", "9x9"), "FrozenLake-v1", "9x9")
+    for error in AssertionError(), KeyError("n"):  # one without a message
+        monkeypatch.setattr(Lengths, "__init__", mock.Mock(side_effect=error))
+        assert_refused(play(script, *flags(script)), str(error) or "AssertionError")
     assert not [*tmp_path.iterdir()]
 
 
@@ -408,7 +412,8 @@ def test_video_holds_the_first_episode(script, lengths, episodes, play, tmp_path
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules[name].ImageSequenceClip = clip
     monkeypatch.setattr(Lengths, "lengths", lengths)
-    play(script, *flags(script, "--env-id", f"here/{helpers.lengths(script)}", "--total-timesteps", 100))
+    other = ["--env-kwargs", "render_mode", "rgb_array"]  # as some environments require
+    play(script, *flags(script, "--env-id", f"here/{helpers.lengths(script)}", "--total-timesteps", 100, *other))
     evaluate = ["--evaluate", checkpoint_of(tmp_path), "--eval-episodes", episodes, "--capture-video"]
     assert play(script, *evaluate)[0] == 0
     (video,) = tmp_path.glob("videos/*.mp4")

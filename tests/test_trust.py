@@ -3,6 +3,7 @@
 KILLS=200 python -m pytest -s tests/test_trust.py -k sigkill     kills a run 200 times instead of 3
 """
 
+import builtins
 import math
 import os
 import pickle
@@ -111,6 +112,28 @@ def test_resumed_run_is_bit_identical_after_signals(script, play, trained, tmp_p
     assert status == 0 and "final: " in out
     assert outcome(path) == outcome(checkpoint_of(tmp_path / "whole"))
     assert scalars(tmp_path / "stopped") == scalars(tmp_path / "whole")
+
+
+@each_script
+def test_signal_saves_though_stdout_is_closed(script, play, tmp_path, monkeypatch):
+    """In `python dqn_tbb.py | tee log` Ctrl-C ends tee first."""
+    steps, clock = [], time.time
+
+    def closed(*args, **kwargs):
+        raise BrokenPipeError
+
+    def interrupt(*results):
+        steps.append(results)
+        if len(steps) == 50:
+            signal.raise_signal(signal.SIGINT)
+            patch.setattr(builtins, "print", closed)
+            patch.setattr(time, "time", lambda: clock() + 10)  # the next line of progress is due
+        return results
+
+    with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
+        patch.setattr(Lengths, "trouble", staticmethod(interrupt))
+        play(script, *flags(script, "--eval-frequency", 1000))
+    assert 0 < load(checkpoint_of(tmp_path))["counters"][1] < helpers.TOTAL
 
 
 # ---------------------------------------------------------------------------------------------------------------------
