@@ -77,7 +77,7 @@ class Args:
     exploration_fraction: float = 0.2
     """the fraction of total_timesteps it takes from start_e to end_e"""
     learning_starts: int = 1_000
-    """transitions to collect before learning starts"""
+    """transitions to collect before learning starts; of a new run, not of a resumed one"""
     train_frequency: int = 25
     """transitions to collect per update"""
     max_grad_norm: float = 0.1

@@ -67,7 +67,7 @@ class Args:
     gae_lambda: float = 0.95
     """the lambda for the generalised advantage estimation"""
     num_minibatches: int = 4
-    """the number of minibatches, each of whole episodes"""
+    """the number of minibatches, each of whole episodes: no more than there are episodes"""
     update_epochs: int = 4
     """the number of epochs over an iteration's episodes"""
     norm_adv: bool = True

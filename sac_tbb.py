@@ -68,7 +68,7 @@ class Args:
     batch_size: int = 400
     """transitions in a batch; its last episode is kept whole, so it may hold more"""
     learning_starts: int = 1_000
-    """transitions to collect before learning starts"""
+    """transitions to collect before learning starts; of a new run, not of a resumed one"""
     train_frequency: int = 20
     """transitions to collect per update"""
     max_grad_norm: float = 1.0
