@@ -215,6 +215,8 @@ def write(rows, runs, folder, name, across="", page="README.md"):
 
     across: rows of which only this and `value` differ become one row, with a column for each value of this column.
     """
+    if not rows:
+        return
     wide = {}
     for row in rows:
         rest = {column: x for column, x in row.items() if not across or column not in (across, "value")}
@@ -261,28 +263,35 @@ def sample_efficiency(runs, folder):
     figure = curves(runs, "step", "environment steps", "method", columns="memory", rows="task")
     title = f"Return of greedy episodes\n{SPREAD}, {seeds(runs)}"
     save(figure, title, folder, "sample_efficiency_curves")
+    table = [
+        {"task": task, "memory": memory, "method": m, "value": over_tasks(SCORES["final return"], some)}
+        for (task, memory, m), some in grouped(runs, "task", "memory", "method").items()
+    ]
+    write(table, runs, folder, "sample_efficiency_tasks", across="method")
+    tasks, even = {*unique(runs, "task")}, []  # a mean over some of the tasks could not be compared
+    for some in grouped(runs, "memory", "method").values():
+        even += some * ({*unique(some, "task")} == tasks)
+    memories = {memory: some for (memory,), some in grouped(even, "memory").items()}
+    memories = {memory: some for memory, some in memories.items() if {"TBB"} < {*unique(some, "method")}}
+    if not memories:
+        return
     figure, axes = panels(1, len(SCORES), 5.5, 3.5, sharey=True)
     table = []
     for ax, name in zip(axes[0], SCORES):
         series = {"TBB": [], "SBB, best L": [], "SBB, worst L": []}
-        for (memory,), some in grouped(runs, "memory").items():
+        for memory, some in memories.items():
             found = {m: over_tasks(normalised(name), group) for (m,), group in grouped(some, "method").items()}
             lengths = sorted((m for m in found if m != "TBB"), key=lambda m: found[m][0])
             for label, m in zip(series, ("TBB", lengths[-1], lengths[0])):
                 series[label].append(found[m])
                 remark = [f"({m.removeprefix('SBB, ')})"] * (m != "TBB")
                 table.append({"score": name, "memory": memory, "batches": label, "value": (*found[m], *remark)})
-        draw_bars(ax, unique(runs, "memory"), series)
+        draw_bars(ax, memories, series)
         ax.set_title(name, fontsize=9)
     axes[0, 0].set_ylabel("normalised return (0: random actions)")
-    title = f"Mean over {', '.join(unique(runs, 'task'))}\n{SPREAD}, {seeds(runs)}"
+    title = f"Mean over {', '.join(unique(runs, 'task'))}\n{SPREAD}, {seeds(even)}"
     save(figure, title, folder, "sample_efficiency")
-    write(table, runs, folder, "sample_efficiency", across="batches")
-    table = [
-        {"task": task, "memory": memory, "method": m, "value": over_tasks(SCORES["final return"], some)}
-        for (task, memory, m), some in grouped(runs, "task", "memory", "method").items()
-    ]
-    write(table, runs, folder, "sample_efficiency_tasks", across="method")
+    write(table, even, folder, "sample_efficiency", across="batches")
 
 
 def padded(arrays, value):
@@ -293,7 +302,10 @@ def padded(arrays, value):
 
 def sensitivity(runs, folder):
     """Heat maps over training, and the cumulative share at its end; L is the segment length of SBB."""
-    (L,), table = {int(run["segment_length"]) for run in runs if run["segment_length"]}, []
+    lengths, table = {int(run["segment_length"]) for run in runs if run["segment_length"]}, []
+    if not lengths:  # no run of SBB yet
+        return
+    (L,) = lengths
     for (task,), of_task in grouped(runs, "task").items():
         memories, methods = unique(of_task, "memory"), unique(of_task, "method")
         figure, axes = panels(len(memories), len(methods) + 1, 3.4, 2.5)
@@ -603,9 +615,10 @@ def main():
         path = args.results / f"{'sample_efficiency' if name == 'padding' else name}.csv"
         if name == "returns":
             path = ROOT / "benchmarks" / path.name
-        if args.names or path.exists():
-            rows = read(path)
+        if rows := read(path) if path.exists() else []:
             names[name](rows if name == "returns" else runs_of(rows), args.results.parent)
+        elif args.names:
+            print(f"{path}: no results yet")
 
 
 if __name__ == "__main__":

@@ -325,7 +325,8 @@ def finished(path, mend):
     if not path.exists():
         return {}
     text = path.read_text()
-    rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    rows = [row for row in rows if row["step"] != "step"]  # the header of a CSV that was appended to this one
     done = {row["run"]: [] for row in rows if int(row["step"]) >= int(row["total_timesteps"])}
     rows = [row for row in rows if row["run"] in done]
     for row in rows:
@@ -404,8 +405,12 @@ def main():
     known = {task for name in args.names for line in EXPERIMENTS[name] for task in line["task"]}
     if wrong := set(args.tasks or []) - known:
         parser.error(f"--tasks {' '.join(wrong)}: there are {' '.join(sorted(known))}")
+    if args.jobs < 1:
+        parser.error("--jobs: at least 1")
     folder = args.results or (Path(tempfile.mkdtemp()) if args.smoke else ROOT / "experiments" / "results")
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        parser.error(f"{folder} cannot be written")
 
     paths = {}  # of each run's CSV; two experiments may have a run in common
     done = {name: finished(folder / f"{name}.csv", mend=name in args.names) for name in EXPERIMENTS}
@@ -421,14 +426,15 @@ def main():
             else:
                 paths.setdefault(run, []).append(path)
     failures, signals = [], []
-    for number in (signal.SIGINT, signal.SIGTERM):  # no exceptions: one within wait() leaves locks taken
+    hangup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # nohup ignores it
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup):  # no exceptions: one within wait() leaves locks taken
         signal.signal(number, lambda number, _: signals.append(number))
     results = on_ray(paths, args.ray, signals) if args.ray else here(paths, args.jobs, signals)
     steps = sum(run.total_timesteps for run in paths)
     with contextlib.closing(results), tqdm(total=steps, unit="step", unit_scale=True, smoothing=0) as bar:
         for run, rows in results:
             if isinstance(rows, Exception):
-                failures.append(f"{run.key}: {str(rows).strip().splitlines()[-1]}")
+                failures.append(f"{run.key}: {(str(rows).strip() or repr(rows)).splitlines()[-1]}")
                 bar.write(failures[-1])
             else:
                 for path in paths[run]:

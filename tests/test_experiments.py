@@ -457,6 +457,42 @@ def test_popgym_tables_of_invented_runs(sweep, tmp_path):
     assert by_dqn == ["", "", "0.57", ""]
 
 
+def test_means_over_tasks_compare_whole_methods_only(sweep, tmp_path):
+    """While a sweep goes on: TBB alone, then SBB with L = 10 on one of two tasks, then on both, and L = 20 on one."""
+    import plot
+
+    path, page = tmp_path / "sample_efficiency.csv", tmp_path / "README.md"
+
+    def table(*added):
+        with open(path, "a") as file:
+            for script, task, length in added:
+                columns = sweep.Run(script, task, "lru", length, total_timesteps=2000).columns
+                sweep.append(file, [columns | dict(step=step, seconds=step, eval_return=0.5) for step in (1, 2000)])
+        page.write_text("<!-- table: sample_efficiency -->\n<!-- end -->\n")
+        plot.sample_efficiency(plot.runs_of(plot.read(path)), tmp_path)
+        return page.read_text()
+
+    easy, medium = "RepeatPreviousEasy", "RepeatPreviousMedium"
+    assert "LRU" not in table((sweep.TBB, easy, ""), (sweep.TBB, medium, ""))
+    assert "LRU" not in table((sweep.SBB, easy, 10))
+    assert "| LRU | 0.67 | 0.67 (L = 10) | 0.67 (L = 10) |" in table((sweep.SBB, medium, 10), (sweep.SBB, easy, 20))
+
+
+@pytest.mark.parametrize("rows", [0, 10])
+def test_figures_of_few_results(rows, sweep, tmp_path, monkeypatch, capsys):
+    """Of one run, or of none; or without a CSV."""
+    import plot
+
+    names, results = [*sweep.EXPERIMENTS, "padding"], tmp_path / "results"
+    results.mkdir()
+    for path in SWEEP.with_name("results").glob("*.csv"):
+        (results / path.name).write_text("".join(path.read_text().splitlines(True)[: 1 + rows]))
+    (results / "recall.csv").unlink()
+    monkeypatch.setattr(sys, "argv", ["plot.py", *names, "--results", str(results)])
+    plot.main()
+    assert capsys.readouterr().out.count("no results yet") == (1 if rows else len(names))
+
+
 def test_interquartile_mean_is_that_of_the_middle_half(sweep):
     import plot
 
@@ -486,7 +522,8 @@ def test_a_killed_sweep_resumes(smoke, tmp_path):
     assert len({row["run"] for row in rows_of(path)}) == 1
     # as if it had been killed in the middle of writing the second
     second = [row for row in rows_of(smoke / path.name) if row["run"] not in first][0]
-    path.write_text(first + ",".join(list(second.values())[:-1]) + "\n" + ",".join(second.values())[:70])
+    header = first.splitlines(True)[0]  # once more, as if another CSV had been appended
+    path.write_text(first + header + ",".join(list(second.values())[:-1]) + "\n" + ",".join(second.values())[:70])
     assert start(tmp_path, "sensitivity", "--jobs", "1").wait() == 0
     assert path.read_text().startswith(first)
     assert by_run(path) == by_run(smoke / path.name)
@@ -495,13 +532,15 @@ def test_a_killed_sweep_resumes(smoke, tmp_path):
     assert path.read_text() == whole and path.stat().st_mtime_ns == changed
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [*SIGNALS, signal.SIGHUP])
 def test_a_signal_ends_the_sweep_and_its_runs(number, sweep, tmp_path):
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it would stay ignored if pytest was started with nohup
     with start(tmp_path, "sensitivity", "--jobs", "2", stderr=subprocess.PIPE) as life:
         while len(played_by(life.pid)) < 2:
             assert life.poll() is None
             time.sleep(0.01)
         children = played_by(life.pid)
+        signal.signal(signal.SIGHUP, handler)
         try:
             for pid in children:
                 os.kill(int(pid), signal.SIGSTOP)  # they will never end by themselves

@@ -327,10 +327,16 @@ def test_environments_play_in_processes_of_their_own(patched, monkeypatch):
 
 
 def test_async_envs_same_seed_same_run(patched, play, tmp_path, monkeypatch):
-    """Even where an environment draws from global generators, which each process has for itself."""
-    noise = lambda env: np.array([random.random() + np.random.rand(), torch.rand(()).item()], dtype=np.float32)
-    monkeypatch.setattr(Lengths, "observe", noise)
+    """Even where an environment draws from global generators, which each process has for itself, in its constructor
+    too; and no two environments draw the same.
+    """
+    noise = lambda *_: np.array([random.random() + np.random.rand(), torch.rand(()).item()], dtype=np.float32)
+    monkeypatch.setattr(Lengths, "__init__", lambda env, **_: setattr(env, "offset", noise()))
+    monkeypatch.setattr(Lengths, "observe", lambda env: env.offset + noise())
     (module,) = patched("async_envs")
+    envs = module.make_envs(module.Args(env_id="Lengths-v0"), 4)
+    assert len({tuple(offset) for offset in envs.get_attr("offset")}) == 4
+    envs.close()
     for folder in "ab":
         assert play(module, *flags(dqn_tbb, "--eval-episodes", 2), folder=folder)[0] == 0
     assert outcome(checkpoint_of(tmp_path / "a")) == outcome(checkpoint_of(tmp_path / "b"))
@@ -371,6 +377,7 @@ def test_export_of_a_checkpoint(patched, play, tmp_path):
     play(module, *flags(dqn_tbb, "--memory", "none"))
     path = checkpoint_of(tmp_path)
     assert play(module, "--evaluate", path, "--export", "policy.onnx")[0] == 0 and (tmp_path / "policy.onnx").exists()
+    assert play(dqn_tbb, "--evaluate", path)[0] == 0  # without the patch
     assert_refused(play(module, *flags(dqn_tbb, "--export", "policy.onnx")), "--evaluate")
     assert_refused(play(module, "--evaluate", path, "--export", "x.onnx", "--memory", "gru"), "lru, mingru and none")
 
