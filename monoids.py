@@ -85,8 +85,8 @@ class resettable(Monoid):  # in lower case: it is used as a function from monoid
 
 def _expand(start, x):
     """start (T,) or (T, B) -> with as many dimensions as x (T, B, ...)"""
-    if start.ndim > x.ndim or any(n not in (1, m) for n, m in zip(start.shape, x.shape)):
-        raise ValueError(f"start or done {tuple(start.shape)} does not fit {tuple(x.shape)}")  # nor may it enlarge x
+    if start.ndim > x.ndim or any(n not in (1, m) for n, m in zip(start.shape, x.shape)):  # it would enlarge x
+        raise ValueError(f"start or done {tuple(start.shape)} does not fit {tuple(x.shape)}")
     return start.reshape(start.shape + (1,) * (x.ndim - start.ndim))
 
 

@@ -233,7 +233,7 @@ def test_same_seed_gives_the_same_run(script, play, trained, tmp_path):
 
 
 @each_script
-def test_what_environments_are_made_of_is_a_function_of_the_seed(script, play, monkeypatch):
+def test_constructors_of_environments_draw_from_the_seed(script, play, monkeypatch):
     """Constructors may draw from any generator, for a maze that stays the same in all episodes."""
     drawn = []
 
