@@ -216,7 +216,7 @@ def discounted_return(gamma, reward, done, next_value=None):
     gamma: the discount, a float or a tensor that broadcasts; reward (T, ...) float; done bool, of the shape of reward
     or its leading dimensions: the episode ended here, terminated or truncated; next_value (T, ...): the value of the
     state that follows, read only where a row is done or the last (None: zero). Pass 0 there for a terminal state.
-    Returns G (T, ...). ValueError or RuntimeError if done or next_value would enlarge reward. Section 4.2 of the paper.
+    Returns G (T, ...). ValueError or RuntimeError if done or next_value would enlarge reward. Section 4 of the paper.
     """
     if next_value is not None:
         ends = _expand(done, reward).bool().clone()
@@ -230,16 +230,17 @@ def discounted_return(gamma, reward, done, next_value=None):
 
 
 def gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
-    """Generalised advantage estimates of every row of a tape of many episodes, in one reverse scan (Schulman 2016).
+    """Generalised advantage estimates of every row of a tape of many episodes, in one reverse scan.
 
         delta_t = r_t + gamma * (1 - terminated_t) * next_value_t - value_t
-        A_t = delta_t + gamma * lmbda * (1 - done_t) * A_{t+1}
+        A_t = delta_t + gamma * lmbda * (1 - done_t) * A_{t+1}        (Schulman et al. 2016, arXiv 1506.02438, eq. 16)
 
     gamma, lmbda: floats or tensors that broadcast; value, next_value, reward (T, ...) float: next_value is the value of
     the state that follows row t, read only where not terminated; done bool, of their shape or its leading dimensions:
     the episode ended here, terminated or truncated; terminated, likewise: it ended in a terminal state (None: wherever
-    done). The last row bootstraps from next_value unless terminated. Returns A (T, ...); returns-to-go are A + value.
-    ValueError or RuntimeError if the shapes of value, next_value and reward differ or flags would enlarge them.
+    done). The last row bootstraps from next_value unless terminated. Returns A (T, ...); the targets of the values,
+    lambda-returns, are A + value. ValueError or RuntimeError if the shapes of value, next_value and reward differ or
+    flags would enlarge them.
     """
     if not value.shape == next_value.shape == reward.shape:
         raise ValueError(f"gae: shapes differ: {value.shape}, {next_value.shape} and {reward.shape}")
@@ -286,9 +287,9 @@ class LRUCell(Cell):
 
     gamma = sqrt(1 - |lambda|^2) initially, which gives the state the variance of its input, and B and C are
     Glorot-initialised. Three things differ from the paper, the last two for delays of thousands of rows:
-    1. States decay by 1/e in min_horizon to horizon rows, log-uniformly. The paper's lambda, uniform on a ring
+    1. States decay to 1/e in min_horizon to horizon rows, log-uniformly. The paper's lambda, uniform on a ring
        (Lemma 3.2), has few slow ones or few fast ones.
-    2. theta is not trained: a step of 1e-3 turns what was written 1,000 rows ago by a radian.
+    2. theta is not trained (theirs: log theta): a change of 1e-3 turns what was written 1,000 rows ago by a radian.
     3. D begins at 0, not at random: D x_t would drown what a state holds, which is written with a gain of gamma, 0.045
        at a horizon of 1,000.
     """
@@ -320,8 +321,8 @@ class S5Cell(Cell):
 
     At initialisation Lambda holds the eigenvalues of `blocks` HiPPO-N matrices, B and C are rotated into their
     eigenvectors V (B~ = V* B, C~ = C V), and the time steps Delta, one for each state, are log-uniform, such that
-    states decay by 1/e in horizon/100 to horizon rows. Re Lambda = -exp(.) < 0 keeps the state stable on long tapes
-    (Goel et al. 2022).
+    states decay to 1/e in horizon/100 to horizon rows. Re Lambda = -exp(.) < 0 keeps the state stable on long tapes
+    (Goel et al. 2022, arXiv 2202.09729).
     """
 
     def __init__(self, d_model, d_state=128, blocks=8, horizon=2000):
@@ -365,9 +366,9 @@ class FFMCell(Cell):
         z_t  = l3(Re S_t, Im S_t)
 
     At initialisation exp(-|alpha|) ranges from 1/2 to beta^(1 / horizon), which leaves beta = 1% after `horizon` rows;
-    the periods 2 pi / omega range from 1 row to `horizon`. With the paper's 4 periods (1, 342, 683 and 1,024 rows)
-    recent rows are harder to tell apart. The paper's last step (normalise, gate, skip) is the residual block of
-    `Memory`.
+    the periods 2 pi / omega range from 1 row to `horizon`. The authors' runs on POPGym have 32 traces with 4 periods
+    (1, 342, 683 and 1,024 rows), with which recent rows are harder to tell apart. The residual block of `Memory`
+    replaces the paper's last step (normalise, gate, skip).
     """
 
     def __init__(self, d_model, num_traces=4, num_frequencies=32, horizon=64, beta=0.01):
@@ -388,7 +389,7 @@ class FFMCell(Cell):
 
 
 class LinearTransformerCell(Cell):
-    """Linear transformer (Katharopoulos et al. 2020, arXiv 2006.16236, section 3.3), of `num_heads` heads.
+    """Linear transformer (Katharopoulos et al. 2020, arXiv 2006.16236, section 3.4), of `num_heads` heads.
 
         S_t = S_{t-1} + R_t phi(k_t) v_t^T    z_t = z_{t-1} + phi(k_t)    phi(x) = elu(x) + 1    (their eq. 7, 18, 19)
         y_t = (R_t phi(q_t))^T S_t / phi(q_t)^T z_t                                              (their eq. 20)
@@ -431,8 +432,8 @@ class MinGRUCell(Cell):
         h_t = (1 - z_t) h_{t-1} + z_t h~_t        z_t = sigmoid(W_z x_t + b_z)        h~_t = W_h x_t + b_h
 
     The decay depends on the input: the cell can hold a state until the input replaces it. As in chrono initialisation
-    (Tallec & Ollivier 2018, arXiv 1804.11188), the forget bias -b_z is initialised to log u, u log-uniform in [1,
-    horizon]: where the input is 0, a state decays by 1/e in about u rows.
+    (Tallec & Ollivier 2018, arXiv 1804.11188), the forget bias -b_z is initialised to log u, but with u log-uniform in
+    [1, horizon] instead of uniform: where the input is 0, a state decays to 1/e in about u rows.
     """
 
     def __init__(self, d_model, d_state=192, horizon=1000):
@@ -479,7 +480,7 @@ class GRUCell(nn.Module):
 
 
 class Memory(nn.Module):
-    """A stack of cells, each in a residual block, gated as in S5 and LRU, with a norm before and after the cell:
+    """A stack of cells, each in a residual block, gated as in S5 and LRU; norms before and after the cell:
 
         x <- x + GLU(W gelu(norm(cell(norm(x)))))
 

@@ -6,7 +6,7 @@ The table of the paper's section on returns: 10 to 10,000 episodes, their length
 steps. Discounted returns:
 
     ours                   `discounted_return` over the tape
-    episode by episode     the paper's baseline: a loop over episodes, each of them vectorised (NumPy)
+    episode by episode     a loop over episodes, as the paper's baseline (jitted JAX); each is vectorised (NumPy)
     row by row             a loop over all rows, backwards, in Python numbers
     reversed loop, (T, N)  as in CleanRL's ppo.py, over time, vectorised over episodes, zero-padded to the longest
 

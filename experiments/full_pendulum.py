@@ -1,4 +1,4 @@
-"""POPGym's pendulums with their whole state, angle and velocity, and without noise: lengths and rewards as there.
+"""POPGym's pendulums with their full state, angle and velocity, and without noise: lengths and rewards as there.
 
     PYTHONPATH=. python sac_tbb.py --env-id experiments.full_pendulum:FullPendulumEasy-v0 --memory none
 

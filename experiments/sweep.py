@@ -76,6 +76,7 @@ ROBOTS = [f"experiments.partial_mujoco:{robot}" for robot in ("Hopper", "Walker2
 MUJOCO = [f"{robot}{what}" for what in ("Positions", "Velocities") for robot in ROBOTS]
 FULL = [f"{robot}Full" for robot in ROBOTS]
 FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer is an observation of long ago
+NEAR = {"RepeatPreviousEasy": 8_000}  # it is three steps old
 HALF = ["--d-model", "64"]  # hundreds of runs: half the width, a third of the time
 SMALL = [*HALF, "--learning-rate", "1e-3"]
 ONE_EACH = ["--num-minibatches", "16"]  # one episode in each minibatch of PPO
@@ -132,8 +133,8 @@ EXPERIMENTS = {
         dict(script=[SBB], task=TASKS, memory=MONOIDS, segment_length=LENGTHS, flags=SMALL),
     ],
     "sensitivity": [
-        dict(script=[TBB], task=FAR, memory=MONOIDS, variant=["sensitivity"], flags=SMALL),
-        dict(script=[SBB], task=FAR, memory=MONOIDS, segment_length=[10], variant=["sensitivity"], flags=SMALL),
+        dict(script=[TBB], task=FAR | NEAR, memory=MONOIDS, variant=["sensitivity"], flags=SMALL),
+        dict(script=[SBB], task=FAR | NEAR, memory=MONOIDS, segment_length=[10], variant=["sensitivity"], flags=SMALL),
     ],
     "wall_clock": [
         dict(script=[TBB], task=FAR, memory=["lru", "gru"], flags=SMALL),

@@ -922,7 +922,7 @@ def test_lru_equations():
 
 @pytest.mark.parametrize("least, horizon", [(1, 10), (1, 1000), (1000, 100_000)])
 def test_lru_initial_horizons_are_log_uniform(least, horizon):
-    """A state decays by 1/e in min_horizon to horizon rows: -1 / log |lambda|. The phases are uniform."""
+    """A state decays to 1/e in min_horizon to horizon rows: -1 / log |lambda|. The phases are uniform."""
     n = 20_000
     cell = monoids.LRUCell(D, d_state=n, horizon=horizon, min_horizon=least).to(REAL)
     decay, _ = cell.lift(torch.zeros(1, 1, D, dtype=REAL))
@@ -934,7 +934,7 @@ def test_lru_initial_horizons_are_log_uniform(least, horizon):
 
 @pytest.mark.parametrize("horizon", [1000, 100_000])
 def test_s5_initial_horizons(horizon):
-    """A state decays by 1/e in horizon / 100 to horizon rows: -1 / log |lambda|."""
+    """A state decays to 1/e in horizon / 100 to horizon rows: -1 / log |lambda|."""
     decay, _ = monoids.S5Cell(D, d_state=4000, horizon=horizon).to(REAL).lift(torch.zeros(1, 1, D, dtype=REAL))
     rows = -1 / decay.abs().log()
     assert horizon / 100 * 0.94 < rows.min() < horizon / 100 * 1.1 and horizon * 0.5 < rows.max() < horizon * 1.01
