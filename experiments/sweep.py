@@ -62,6 +62,7 @@ MORE_TASKS = TASKS | {"HigherLowerEasy": 10_000, "NoisyPositionOnlyCartPoleEasy"
 EASY_GAMES = ["HigherLowerEasy", "MineSweeperEasy", "BattleshipEasy"]
 CONTROL = ["PositionOnlyCartPoleEasy", "NoisyPositionOnlyCartPoleEasy", "PositionOnlyPendulumEasy"]
 POPGYM = [name[len("popgym-") : -len("-v0")] for name in gym.registry if name.startswith("popgym-")]  # Easy first
+POPGYM = [task for task in POPGYM if "Labyrinth" not in task]  # only with mazelib
 DISCRETE = [task for task in POPGYM if "Pendulum" not in task]
 HIDDEN = [task for task in POPGYM if "Only" in task]  # control with hidden velocities or positions
 MINES = [task for task in POPGYM if "MineSweeper" in task]  # episodes of six or seven steps with random actions
