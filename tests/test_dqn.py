@@ -352,6 +352,17 @@ def test_metrics_leave_out_padding():
     torch.testing.assert_close(*metrics, rtol=1e-4, atol=1e-5)
 
 
+def test_segments_loss_is_the_mean_over_the_mask():
+    segments = make_buffer(dqn_sbb, segment_length=7, burn_in=2, buffer_size=70)
+    segments.add(make_episode(np.random.default_rng(0), 20))
+    rows, played, mask = everything(segments)
+    assert (played & ~mask).any()
+    args, *networks = make_networks()
+    loss = lambda mask: loss_and_gradient(dqn_sbb, args, *networks, (rows, played, mask))[0]
+    alone = [loss(torch.zeros_like(mask).index_put(tuple(at), torch.tensor(True))) for at in mask.nonzero()]
+    torch.testing.assert_close(loss(mask), torch.stack(alone).mean())
+
+
 def test_q_begins_near_0_and_its_mean_over_actions_is_the_value():
     torch.manual_seed(0)
     args = dqn_tbb.Args(env_id="CartPole-v1")

@@ -1,7 +1,9 @@
 """The main loop, in every script: its schedules, counters, seeds and logs, and what its arguments do."""
 
+import itertools
 import math
 import re
+import time
 from collections import Counter
 
 import helpers
@@ -12,7 +14,9 @@ from helpers import DISCRETE, OFF_POLICY, Lengths, checkpoint_of, each, each_scr
 
 import dqn_sbb
 import dqn_tbb
+import monoids
 import ppo_tbb
+import sac_tbb
 
 play, trained = helpers.play, helpers.trained
 
@@ -28,6 +32,8 @@ def test_learning_rate_is_annealed(script, play, tmp_path, monkeypatch):
     expected = [script.Args.learning_rate * (1 - begin / helpers.TOTAL) for begin in begins]
     np.testing.assert_allclose([float(lr) for _, lr in logged], expected, rtol=1e-6)
     assert used <= {*expected} and len(used) > 3
+    play(script, *flags(script, "--no-anneal-lr", "--total-timesteps", 60), folder="constant")
+    assert {lr for _, lr in scalars(tmp_path / "constant")["charts/learning_rate"]} == {logged[0][1]}
 
 
 @pytest.mark.parametrize("script", [dqn_tbb, dqn_sbb])
@@ -56,10 +62,16 @@ def test_no_two_draws_share_a_seed(script, play, tmp_path, monkeypatch):
     """Those of episodes, of batches and of evaluations; but all evaluations play the same episodes."""
     seeds, default_rng = [], np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or default_rng(seed))
-    play(script, *flags(script))
-    states = Counter(np.random.SeedSequence(seed).generate_state(4).tobytes() for seed in seeds)
-    evaluations = len(scalars(tmp_path)["charts/eval_return"])
+
+    def states_of(*more):
+        seeds.clear()
+        play(script, *flags(script, *more), folder=f"run{more}")
+        return Counter(np.random.SeedSequence(seed).generate_state(4).tobytes() for seed in seeds)
+
+    states = states_of()
+    evaluations = len(scalars(tmp_path / "run()")["charts/eval_return"])
     assert [n for n in states.values() if n > 1] == [evaluations] and len(states) > 10
+    assert not {*states} & {*states_of("--seed", 2, "--total-timesteps", 60)}
 
 
 @each_script
@@ -74,6 +86,24 @@ def test_log_counts_steps_and_rewards(script, play, tmp_path, monkeypatch):
     assert tags["charts/episodic_return"] == tags["charts/episodic_length"]
 
 
+@pytest.mark.parametrize("script", [ppo_tbb, sac_tbb])
+def test_scale_of_rewards_that_were_all_0(script, play, monkeypatch):
+    zeros = lambda obs, *rest: (obs, 0.0, *rest[1:]) if len(rest) > 1 else (obs, *rest)
+    monkeypatch.setattr(Lengths, "trouble", staticmethod(zeros))
+    assert play(script, *flags(script, "--total-timesteps", 60))[::2] == (0, "")
+
+
+def test_speed_and_time_left(play, tmp_path, monkeypatch):
+    clock = itertools.count(1e9, 0.1)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    _, out, _ = play(dqn_tbb, *flags(dqn_tbb))
+    shown = re.findall(r"^step (\d+) of 240, return .*, (\d+) steps/s, (\d+):(\d\d) left$", out, re.MULTILINE)
+    for step, speed, minutes, seconds in np.array(shown, int):
+        assert 60 * minutes + seconds == max(0, 240 - step) // speed
+    _, step, *_, seconds = load(checkpoint_of(tmp_path))["counters"]
+    assert len(shown) > 2 and shown[-1][1] == str(int(step / seconds))
+
+
 @each_script
 def test_evaluation_plays_one_episode_in_each_environment(script, play, trained, tmp_path, monkeypatch):
     trained(script)
@@ -82,6 +112,17 @@ def test_evaluation_plays_one_episode_in_each_environment(script, play, trained,
     monkeypatch.setattr(Lengths, "lengths", [7])
     assert play(script, "--evaluate", checkpoint_of(tmp_path), "--eval-episodes", 3)[0] == 0
     assert results.count(2) == 3 and len(results) == 3 + 3 * 7  # reset returns two things, step five
+
+
+def test_evaluation_reports_mean_and_standard_deviation(play, trained, tmp_path, monkeypatch):
+    """With rewards of 1, a return is a length: 1 or 11."""
+    trained(dqn_tbb)
+    ones = lambda obs, *rest: (obs, 1.0, *rest[1:]) if len(rest) > 1 else (obs, *rest)
+    monkeypatch.setattr(Lengths, "trouble", staticmethod(ones))
+    monkeypatch.setattr(Lengths, "lengths", [1, 11])
+    _, out, _ = play(dqn_tbb, "--evaluate", checkpoint_of(tmp_path), "--eval-episodes", 20)
+    mean, std = map(float, re.search(r"mean (\S+), standard deviation (\S+)", out).groups())
+    assert 1 < mean < 11 and std == pytest.approx(((mean - 1) * (11 - mean)) ** 0.5, abs=1e-3)
 
 
 @each_script
@@ -113,6 +154,14 @@ def test_target_network_of_a_run_follows_by_tau(script, tau, play, tmp_path):
     assert same == {tau == 1}
 
 
+@each(OFF_POLICY)
+def test_target_network_begins_as_a_copy(script, play, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: None)
+    assert play(script, *flags(script, "--tau", 0, "--total-timesteps", 60))[0] == 0
+    network, target, *_ = load(checkpoint_of(tmp_path))["learners"].values()
+    assert all(torch.equal(network[name], target[name]) for name in network if name.endswith(("weight", "bias")))
+
+
 def test_epochs_end_once_the_target_kl_is_exceeded(play, tmp_path, monkeypatch):
     updates, step = [], torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: updates.append(step(optimizer)))
@@ -121,6 +170,20 @@ def test_epochs_end_once_the_target_kl_is_exceeded(play, tmp_path, monkeypatch):
         play(ppo_tbb, *flags(ppo_tbb, "--target-kl", target_kl), folder=str(most))
         iterations = load(checkpoint_of(tmp_path / str(most)))["counters"][0]
         assert least <= len(updates) / iterations / 4 <= most  # as many episodes as minibatches
+
+
+def test_explained_variance_is_logged(play, tmp_path, monkeypatch):
+    expected, gae = [], monoids.gae
+
+    def note(gamma, lmbda, value, *rest):
+        advantage = gae(gamma, lmbda, value, *rest)
+        expected.append(1 - (advantage.var(correction=0) / (advantage + value).var(correction=0)).item())
+        return advantage
+
+    monkeypatch.setattr(monoids, "gae", note)
+    play(ppo_tbb, *flags(ppo_tbb))
+    logged = [float(x) for _, x in scalars(tmp_path)["losses/explained_variance"]]
+    np.testing.assert_allclose(logged, expected, rtol=1e-4, atol=1e-5)
 
 
 @each_script

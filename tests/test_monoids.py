@@ -679,6 +679,7 @@ def test_memory_shapes_and_dtypes(name, T, B, dtype):
     assert isinstance(state, tuple) and isinstance(after, tuple)
     for h, h_after in zip(state, after, strict=True):
         assert h.shape[0] == B and (h_after.shape, h_after.dtype) == (h.shape, h.dtype)
+        assert h_after.untyped_storage().nbytes() == h_after.nbytes  # no view of all rows
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -938,6 +939,14 @@ def test_s5_initial_horizons(horizon):
     decay, _ = monoids.S5Cell(D, d_state=4000, horizon=horizon).to(REAL).lift(torch.zeros(1, 1, D, dtype=REAL))
     rows = -1 / decay.abs().log()
     assert horizon / 100 * 0.94 < rows.min() < horizon / 100 * 1.1 and horizon * 0.5 < rows.max() < horizon * 1.01
+
+
+def test_s5_initial_scales():
+    cell = monoids.S5Cell(64, d_state=256)
+    with torch.no_grad():
+        y = cell.readout(torch.randn(200, 1, 256, dtype=torch.complex64), torch.zeros(200, 1, 64))
+    assert y.square().mean() == pytest.approx(2, abs=0.2)
+    assert cell.B.square().sum(1).mean().item() == pytest.approx(1 / 64, rel=0.1)
 
 
 def test_lru_preserves_the_variance_of_white_noise():

@@ -186,6 +186,8 @@ def test_loss_equals_its_definition(action_kind, norm_adv, clip_vloss):
     agent.zero_grad()
     metrics = ppo_tbb.update(agent, Still(agent), batch, args)
     parameters = {name: p for name, p in agent.named_parameters() if p.grad is not None}
+    assert {*parameters} | {"actor_logstd"} == {*dict(agent.named_parameters())}
+    assert ("actor_logstd" in parameters) == (action_kind == 2)
     gradient = {name: p.grad.clone() for name, p in parameters.items()}
 
     heads, logprob, value = ppo_tbb.forward_tape(agent, rows)
@@ -210,6 +212,15 @@ def test_loss_equals_its_definition(action_kind, norm_adv, clip_vloss):
     loss = expected["policy_loss"] + 0.3 * expected["value_loss"] - 0.1 * expected["entropy"]
     slow = torch.autograd.grad(loss, parameters.values())
     torch.testing.assert_close(gradient, dict(zip(parameters, slow)), rtol=1e-4, atol=1e-6)
+
+
+def test_policy_begins_near_uniform():
+    args = ppo_tbb.Args(env_id="Mixed0-v0")
+    torch.manual_seed(0)
+    agent = ppo_tbb.Agent(ppo_tbb.make_envs(args, 1), args)
+    obs, start = torch.randn(1, 50, 2), torch.ones(1, 50, dtype=torch.bool)
+    (head,), *_ = agent(obs, torch.zeros(1, 50, 1, dtype=torch.long), start, agent.memory.initial_state(50))
+    torch.testing.assert_close(head.probs, torch.full_like(head.probs, 1 / 3), rtol=0, atol=0.05)
 
 
 def test_minibatches_are_shuffled():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
-from helpers import Still, assert_refused, checkpoint_of, flags, load, make
+from helpers import Still, assert_refused, checkpoint_of, flags, load, make, scalars
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import sac_tbb
@@ -181,6 +181,7 @@ def test_policy_draws_from_the_squashed_gaussian_or_takes_its_mean(greedy):
 
 
 BOXES = [Box(-1, np.float32([[2, 3]])), Box(0, 10, ()), Box(np.float64([-3, 5]), 5, dtype=np.float64)]
+BOXES += [Box(-2.3, 1.1, (1,))]  # in float32, -2.3 + (1.1 + 2.3) > 1.1
 
 
 @pytest.mark.parametrize("space", BOXES, ids=str)
@@ -212,6 +213,11 @@ def test_a_resumed_run_takes_a_new_learning_rate(play, trained, tmp_path):
     assert play(sac_tbb, "--resume", checkpoint_of(tmp_path), *more)[0] == 0
     (group,) = load(checkpoint_of(tmp_path))["learners"]["optimizer"]["param_groups"]
     assert group["lr"] == 1e-4
+
+
+def test_alpha_is_logged(trained, tmp_path):
+    trained(sac_tbb)
+    assert float(scalars(tmp_path)["losses/alpha"][0][1]) == pytest.approx(np.exp(-3))
 
 
 def test_reward_scale_is_the_root_mean_square_of_the_tape(trained, tmp_path):
