@@ -215,17 +215,17 @@ class Agent(nn.Module):
             obs = torch.cat((obs, previous * ~start[..., None]), -1)  # (T, B, features); 0 at an episode's start
         x, state = self.memory(self.encoder(obs), state, start)  # (T, B, d_model)
         if self.nvec:  # one distribution over (T, B) for each component of the action
-            heads = [Categorical(logits=y, validate_args=False) for y in self.actor(x).split(self.nvec, -1)]
+            dists = [Categorical(logits=y, validate_args=False) for y in self.actor(x).split(self.nvec, -1)]
         else:
-            heads = [Normal(*y, validate_args=False) for y in zip(self.actor(x).unbind(-1), self.actor_logstd.exp())]
-        return heads, self.critic(x).squeeze(-1), state
+            dists = [Normal(*y, validate_args=False) for y in zip(self.actor(x).unbind(-1), self.actor_logstd.exp())]
+        return dists, self.critic(x).squeeze(-1), state
 
 
 def policy(agent, obs, previous_action, start, state, greedy):
-    heads, value, state = agent(obs, previous_action, start, state)
+    dists, value, state = agent(obs, previous_action, start, state)
     if not torch.isfinite(value).all():
         fail("the network's output is not finite; checkpoints are unchanged")
-    return torch.stack([head.mode if greedy else head.sample() for head in heads], -1)[0], state  # (N, k)
+    return torch.stack([dist.mode if greedy else dist.sample() for dist in dists], -1)[0], state  # (N, k)
 
 
 def transitions(rows):
@@ -233,9 +233,9 @@ def transitions(rows):
 
 
 def forward_tape(agent, rows):
-    heads, value, _ = agent(rows.obs, rows.action.roll(1, 0), rows.start, agent.memory.initial_state(1))
-    logprob = sum(head.log_prob(action) for head, action in zip(heads, rows.action.unbind(-1)))
-    return heads, logprob, value  # (R, 1) each
+    dists, value, _ = agent(rows.obs, rows.action.roll(1, 0), rows.start, agent.memory.initial_state(1))
+    logprob = sum(dist.log_prob(action) for dist, action in zip(dists, rows.action.unbind(-1)))
+    return dists, logprob, value  # (R, 1) each
 
 
 @torch.no_grad()
@@ -266,7 +266,7 @@ def minibatches(batch, args, rng):
 def update(agent, optimizer, batch, args):
     """L = -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)] - ent_coef E[entropy] + vf_coef E[value loss] (eq. 9)."""
     rows, logprob, value, advantage = batch
-    heads, newlogprob, newvalue = forward_tape(agent, rows)
+    dists, newlogprob, newvalue = forward_tape(agent, rows)
     t = transitions(rows)
     newlogprob, newvalue, logprob, value, advantage = (x[t] for x in (newlogprob, newvalue, logprob, value, advantage))
     returns = advantage + value  # (n, 1), as all that follow
@@ -281,7 +281,7 @@ def update(agent, optimizer, batch, args):
         v_clipped = value + torch.clamp(newvalue - value, -args.clip_coef, args.clip_coef)
         v_loss = torch.max(v_loss, (v_clipped - returns) ** 2)
     v_loss = 0.5 * v_loss.mean()
-    entropy_loss = sum(head.entropy()[t] for head in heads).mean()
+    entropy_loss = sum(dist.entropy()[t] for dist in dists).mean()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
 
     optimizer.zero_grad()

@@ -74,9 +74,9 @@ def test_log_probability_over_the_tape_is_that_of_acting(action_kind):
     envs, played = ppo_tbb.make_envs(args, 8), {}
 
     def act(agent, obs, previous_action, start, state):
-        heads, *_ = agent(obs, previous_action, start, state)
+        dists, *_ = agent(obs, previous_action, start, state)
         action, state = ppo_tbb.policy(agent, obs, previous_action, start, state, greedy=False)
-        logprob = sum(head.log_prob(a) for head, a in zip(heads, action[None].unbind(-1)))[0]
+        logprob = sum(dist.log_prob(a) for dist, a in zip(dists, action[None].unbind(-1)))[0]
         played.update(zip(map(tuple, obs[0].tolist()), logprob.tolist()))
         return action, state
 
@@ -95,10 +95,10 @@ def test_actions_are_drawn_from_the_policy(greedy):
     previous, state = torch.zeros(1, 20_000, 2, dtype=torch.long), agent.memory.initial_state(20_000)
     torch.manual_seed(0)
     with torch.no_grad():
-        heads, *_ = agent(obs, previous, start, state)
+        dists, *_ = agent(obs, previous, start, state)
         action, _ = ppo_tbb.policy(agent, obs, previous, start, state, greedy)
-    for head, a in zip(heads, action.unbind(-1)):
-        p = head.probs[0, 0]
+    for dist, a in zip(dists, action.unbind(-1)):
+        p = dist.probs[0, 0]
         expected = torch.eye(len(p))[p.argmax()] if greedy else p
         torch.testing.assert_close(torch.bincount(a, minlength=len(p)) / len(a), expected, rtol=0, atol=0.02)
 
@@ -190,7 +190,7 @@ def test_loss_equals_its_definition(action_kind, norm_adv, clip_vloss):
     assert ("actor_logstd" in parameters) == (action_kind == 2)
     gradient = {name: p.grad.clone() for name, p in parameters.items()}
 
-    heads, logprob, value = ppo_tbb.forward_tape(agent, rows)
+    dists, logprob, value = ppo_tbb.forward_tape(agent, rows)
     t = ppo_tbb.transitions(rows)
     old_logprob, old_value, advantage = (x[t] for x in batch[1:])
     ratio, target = (logprob[t] - old_logprob).exp(), old_value + advantage
@@ -202,7 +202,7 @@ def test_loss_equals_its_definition(action_kind, norm_adv, clip_vloss):
     expected = {
         "policy_loss": -(allowed * advantage).mean(),
         "value_loss": torch.stack(squares).amax(0).mean() / 2,
-        "entropy": sum(head.entropy()[t] for head in heads).mean(),
+        "entropy": sum(dist.entropy()[t] for dist in dists).mean(),
         "old_approx_kl": -ratio.log().mean(),
         "approx_kl": (ratio - 1 - ratio.log()).mean(),
         "clipfrac": ((ratio < 0.8) | (ratio > 1.2)).float().mean(),
@@ -219,8 +219,8 @@ def test_policy_begins_near_uniform():
     torch.manual_seed(0)
     agent = ppo_tbb.Agent(ppo_tbb.make_envs(args, 1), args)
     obs, start = torch.randn(1, 50, 2), torch.ones(1, 50, dtype=torch.bool)
-    (head,), *_ = agent(obs, torch.zeros(1, 50, 1, dtype=torch.long), start, agent.memory.initial_state(50))
-    torch.testing.assert_close(head.probs, torch.full_like(head.probs, 1 / 3), rtol=0, atol=0.05)
+    (dist,), *_ = agent(obs, torch.zeros(1, 50, 1, dtype=torch.long), start, agent.memory.initial_state(50))
+    torch.testing.assert_close(dist.probs, torch.full_like(dist.probs, 1 / 3), rtol=0, atol=0.05)
 
 
 def test_minibatches_are_shuffled():

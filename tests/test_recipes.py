@@ -237,9 +237,9 @@ def test_masked_actions_have_probability_0_in_ppo(patched):
     rows = rows_of(module, module.collect(envs, agent, act, (1, 0)))
     torch.nn.init.normal_(agent.actor[-1].weight)
     t = ppo_tbb.transitions(rows)
-    (head,), logprob, _ = module.forward_tape(agent, rows)
-    assert (head.probs[t, 0][rows.obs[t, 0, -4:] == 0] == 0).all() and logprob[t].isfinite().all()
-    assert (head.entropy()[t] <= np.log(2) + 1e-6).all()
+    (dist,), logprob, _ = module.forward_tape(agent, rows)
+    assert (dist.probs[t, 0][rows.obs[t, 0, -4:] == 0] == 0).all() and logprob[t].isfinite().all()
+    assert (dist.entropy()[t] <= np.log(2) + 1e-6).all()
     batch, optimizer = module.compute_advantages(agent, rows, args), torch.optim.SGD(agent.parameters(), 0.0)
     metrics = module.update(agent, optimizer, batch, args)  # fails where the gradient is not finite
     assert abs(metrics["losses/approx_kl"]) < 1e-6
