@@ -367,8 +367,8 @@ class FFMCell(Cell):
 
     At initialisation exp(-|alpha|) ranges from 1/2 to beta^(1 / horizon), which leaves beta = 1% after `horizon` rows;
     the periods 2 pi / omega range from 1 row to `horizon`. The authors' runs on POPGym have 32 traces with 4 periods
-    (1, 342, 683 and 1,024 rows), with which recent rows are harder to tell apart. The residual block of `Memory`
-    replaces the paper's last step (normalise, gate, skip).
+    (1, 342, 683 and 1,024 rows), with which recent rows are harder to tell apart, and old ones last. The residual block
+    of `Memory` replaces the paper's last step (normalise, gate, skip).
     """
 
     def __init__(self, d_model, num_traces=4, num_frequencies=32, horizon=64, beta=0.01):
