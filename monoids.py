@@ -233,7 +233,7 @@ def gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
     """Generalised advantage estimates of every row of a tape of many episodes, in one reverse scan.
 
         delta_t = r_t + gamma * (1 - terminated_t) * next_value_t - value_t
-        A_t = delta_t + gamma * lmbda * (1 - done_t) * A_{t+1}        (Schulman et al. 2016, arXiv 1506.02438, eq. 16)
+        A_t = delta_t + gamma * lmbda * (1 - done_t) * A_{t+1}        (Schulman et al. 2016, arXiv 1506.02438)
 
     gamma, lmbda: floats or tensors that broadcast; value, next_value, reward (T, ...) float: next_value is the value of
     the state that follows row t, read only where not terminated; done bool, of their shape or its leading dimensions:
@@ -289,7 +289,7 @@ class LRUCell(Cell):
     Glorot-initialised. Three things differ from the paper, the last two for delays of thousands of rows:
     1. States decay to 1/e in min_horizon to horizon rows, log-uniformly. The paper's lambda, uniform on a ring
        (Lemma 3.2), has few slow ones or few fast ones.
-    2. theta is not trained (theirs: log theta): a change of 1e-3 turns what was written 1,000 rows ago by a radian.
+    2. theta is not trained (log theta is, there): a change of 1e-3 turns what was written 1,000 rows ago by a radian.
     3. D begins at 0, not at random: D x_t would drown what a state holds, which is written with a gain of gamma, 0.045
        at a horizon of 1,000.
     """

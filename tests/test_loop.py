@@ -21,6 +21,11 @@ import sac_tbb
 play, trained = helpers.play, helpers.trained
 
 
+def rewards_of(reward):
+    """For Lengths.trouble."""
+    return staticmethod(lambda obs, *rest: (obs, reward, *rest[1:]) if len(rest) > 1 else (obs, *rest))
+
+
 @each(DISCRETE)
 def test_learning_rate_is_annealed(script, play, tmp_path, monkeypatch):
     used, step = set(), torch.optim.Adam.step
@@ -77,8 +82,7 @@ def test_no_two_draws_share_a_seed(script, play, tmp_path, monkeypatch):
 @each_script
 def test_log_counts_steps_and_rewards(script, play, tmp_path, monkeypatch):
     """An iteration adds the lengths of its four episodes; with rewards of 1, a return is a length."""
-    ones = lambda obs, *rest: (obs, 1.0, *rest[1:]) if len(rest) > 1 else (obs, *rest)
-    monkeypatch.setattr(Lengths, "trouble", staticmethod(ones))
+    monkeypatch.setattr(Lengths, "trouble", rewards_of(1.0))
     play(script, *flags(script))
     tags = scalars(tmp_path)
     steps, lengths = zip(*tags["charts/episodic_length"])
@@ -88,8 +92,7 @@ def test_log_counts_steps_and_rewards(script, play, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", [ppo_tbb, sac_tbb])
 def test_scale_of_rewards_that_were_all_0(script, play, monkeypatch):
-    zeros = lambda obs, *rest: (obs, 0.0, *rest[1:]) if len(rest) > 1 else (obs, *rest)
-    monkeypatch.setattr(Lengths, "trouble", staticmethod(zeros))
+    monkeypatch.setattr(Lengths, "trouble", rewards_of(0.0))
     assert play(script, *flags(script, "--total-timesteps", 60))[::2] == (0, "")
 
 
@@ -117,8 +120,7 @@ def test_evaluation_plays_one_episode_in_each_environment(script, play, trained,
 def test_evaluation_reports_mean_and_standard_deviation(play, trained, tmp_path, monkeypatch):
     """With rewards of 1, a return is a length: 1 or 11."""
     trained(dqn_tbb)
-    ones = lambda obs, *rest: (obs, 1.0, *rest[1:]) if len(rest) > 1 else (obs, *rest)
-    monkeypatch.setattr(Lengths, "trouble", staticmethod(ones))
+    monkeypatch.setattr(Lengths, "trouble", rewards_of(1.0))
     monkeypatch.setattr(Lengths, "lengths", [1, 11])
     _, out, _ = play(dqn_tbb, "--evaluate", checkpoint_of(tmp_path), "--eval-episodes", 20)
     mean, std = map(float, re.search(r"mean (\S+), standard deviation (\S+)", out).groups())
