@@ -163,7 +163,7 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
 
 class _LinearRecurrence(torch.autograd.Function):
     @classmethod
-    def run(cls, *inputs):  # where no graph is recorded, no `apply`: it takes longer than the recurrence of one row
+    def run(cls, *inputs):  # without a graph no `apply`: its overhead exceeds the recurrence of one row
         transformed = torch._C._are_functorch_transforms_active()  # torch.func
         return cls.apply(*inputs) if torch.is_grad_enabled() or transformed else cls.forward(*inputs)
 
@@ -287,8 +287,8 @@ class LRUCell(Cell):
 
     gamma = sqrt(1 - |lambda|^2) initially, which gives the state the variance of its input, and B and C are
     Glorot-initialised. Three things differ from the paper, the last two for delays of thousands of rows:
-    1. States decay to 1/e in min_horizon to horizon rows, log-uniformly. The paper's lambda, uniform on a ring
-       (Lemma 3.2), has few slow ones or few fast ones.
+    1. States decay to 1/e in min_horizon to horizon rows, log-uniformly. On the paper's ring (Lemma 3.2),
+       depending on its radii, few are slow or few are fast.
     2. theta is not trained (log theta is, there): a change of 1e-3 turns what was written 1,000 rows ago by a radian.
     3. D begins at 0, not at random: D x_t would drown what a state holds, which is written with a gain of gamma, 0.045
        at a horizon of 1,000.

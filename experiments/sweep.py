@@ -91,7 +91,7 @@ LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episod
 
 
 def t_maze(script, n, memory, episodes, updates=1, **kwargs):
-    """A corridor of n steps that moves the agent. DQN makes so many updates of eight episodes after each episode."""
+    """A corridor of n steps that moves the agent. DQN makes so many updates, of eight episodes each, per episode."""
     flags = ["--env-kwargs", "corridor_length", n, "walk", "False", "--no-previous-action"]
     flags += ["--d-model", 32, "--learning-rate", 1e-3, "--gamma", 0.5 if script == TBB else 0]
     if script == TBB:
