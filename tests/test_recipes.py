@@ -65,6 +65,13 @@ def make(module, **kwargs):
     return args, envs, module.QNetwork(envs, args), partial(module.policy, epsilon=0.5)
 
 
+def apply_to(script, recipe, folder):
+    """Applies a patch of dqn_tbb.py to a copy of another script."""
+    patch = RECIPES.joinpath(f"{recipe}.patch").read_text().replace("dqn_tbb", script)
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # else git may skip the file
+    subprocess.run(["git", "apply"], input=patch, text=True, cwd=folder, env=env, check=True)
+
+
 def rows_of(module, episodes):
     return module.Rows(*(torch.as_tensor(np.concatenate(x))[:, None] for x in zip(*episodes)))
 
@@ -165,7 +172,7 @@ def test_tasks_are_images_of_the_size_they_say():
 
 
 class Masked(gym.Env):
-    """Of four actions, two are allowed; in the terminal state none. Half of the episodes are truncated."""
+    """Of four actions, two are allowed; in the terminal state none, nor where episodes of four steps are truncated."""
 
     observation_space, action_space = Box(0, 9, (1,)), Discrete(4, start=2)
 
@@ -184,7 +191,7 @@ class Masked(gym.Env):
         assert self.mask[action - 2], "a masked action was taken"
         self.steps += 1
         terminated, truncated = ((self.steps == self.length) & (self.length % 2 == i) for i in (1, 0))
-        obs, info = self.observe(over=terminated)
+        obs, info = self.observe(over=terminated or truncated and self.steps == 4)
         return obs, 1.0, terminated, truncated, info
 
 
@@ -221,9 +228,8 @@ def test_masked_actions_are_not_bootstrapped_from(patched):
     assert (q[t].min(-1).values == -1e9).all() and (q[t].max(-1).values < 1e3).all()
     loss = 0.0
     for i in t.tolist():
-        allowed = rows.obs[i + 1, 0, -4:].nonzero().flatten().tolist()
-        assert len(allowed) == (0 if rows.terminated[i] else 2)
-        best = max(allowed, key=lambda a: q[i + 1, a].item(), default=None)
+        allowed = rows.obs[i + 1, 0, -4:].nonzero().flatten().tolist() or range(4)
+        best = max(allowed, key=lambda a: q[i + 1, a].item())
         next_value = 0 if rows.terminated[i] else q_target[i + 1, best].item()
         error = abs(rows.reward[i].item() + args.gamma * next_value - q[i, rows.action[i]].item())
         loss += (0.5 * error**2 if error < 1 else error - 0.5) / len(t)
@@ -296,7 +302,10 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 
 
 def test_torchrun_of_two_processes_is_one_run(tmp_path):
+    """With the same weights at its end, though `async_envs` seeds torch's generator in each process."""
     (path,) = environments.apply("data_parallel", tmp_path)
+    apply_to("ppo_tbb", "async_envs", tmp_path)
+    path.write_text(path.read_text() + '    torch.save(agent.state_dict(), f"{rank}.pt")\n')
     argv = flags(ppo_tbb, "--env-id", "CartPole-v1", "--target-kl", 0.02)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", path, *argv]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -305,6 +314,8 @@ def test_torchrun_of_two_processes_is_one_run(tmp_path):
     assert run.stdout.count("final: ") == 1
     _, global_step, *_ = load(checkpoint_of(tmp_path))["counters"]
     assert global_step >= helpers.TOTAL and f"global_step={global_step} " in run.stdout
+    a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -448,10 +459,8 @@ def test_a_memory_of_your_own():
 
 @pytest.mark.parametrize("script", ["dqn_sbb", "ppo_tbb", "sac_tbb"])
 def test_async_envs_fits_every_script(script, tmp_path):
-    patch = RECIPES.joinpath("async_envs.patch").read_text().replace("dqn_tbb", script)
     shutil.copy(ROOT / f"{script}.py", tmp_path)
-    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
-    subprocess.run(["git", "apply"], input=patch, text=True, cwd=tmp_path, env=env, check=True)
+    apply_to(script, "async_envs", tmp_path)
     assert "AsyncVectorEnv" in tmp_path.joinpath(f"{script}.py").read_text()
 
 
