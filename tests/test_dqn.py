@@ -191,6 +191,9 @@ def test_oldest_segments_make_room():
     for name in range(23):
         segments.add(make_episode(rng, 5, name))
     assert sorted(everything(segments)[0].obs[0, :, 0].tolist()) == list(range(13, 23))
+    segments.add(make_episode(rng, 2))
+    rows, _, _ = everything(segments)
+    assert not any(x[3:, 3].any() for x in rows)  # what was there is gone
     rows, played, mask = segments.sample(54, rng)
     assert rows.obs.shape == (6, 10, 4) and played.shape == mask.shape == (5, 10)
 
@@ -242,7 +245,8 @@ def loss_and_gradient(script, args, q_network, target_network, batch):
 @pytest.mark.parametrize("previous_action", [True, False])
 def test_targets_see_the_true_history(memory, previous_action):
     """Each value and each target from a network that is fed o_0 ... o_t (... o_{t+1}) on its own, row by row."""
-    args, q_network, target_network = make_networks(memory, previous_action=previous_action, max_grad_norm=1e9)
+    kwargs = {"previous_action": previous_action, "max_grad_norm": 1e9, "gamma": 0.9}
+    args, q_network, target_network = make_networks(memory, **kwargs)
     rng = np.random.default_rng(0)
     kinds = [(3, True), (1, False), (6, False), (1, True)]
     episodes = [make_episode(rng, n, terminated=terminated) for n, terminated in kinds]
@@ -350,6 +354,20 @@ def test_metrics_leave_out_padding():
         metrics.append(script.update(*(x.float() for x in networks), Still(networks[0]), batch, args))
     torch.testing.assert_close(metrics[1].pop("losses/padding"), torch.tensor(1 - 12 / 21))
     torch.testing.assert_close(*metrics, rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_leave_out_the_burn_in():
+    """Which is no padding."""
+    segments = make_buffer(dqn_sbb, segment_length=7, burn_in=2, buffer_size=70)
+    segments.add(make_episode(np.random.default_rng(0), 20))  # segments of 7, 7, 7 and 5 transitions
+    rows, played, mask = everything(segments)
+    args, *networks = make_networks()
+    q_network, target_network = (x.float() for x in networks)
+    metrics = dqn_sbb.update(q_network, target_network, Still(q_network), (rows, played, mask), args)
+    q, _ = q_network(rows.obs, rows.action.roll(1, 0), rows.start, q_network.memory.initial_state(4))
+    q = q[:-1].gather(-1, rows.action[:-1, :, None])[mask]
+    torch.testing.assert_close(metrics["losses/q_values"], q.mean())
+    torch.testing.assert_close(metrics["losses/padding"], torch.tensor(1 - 26 / 28))
 
 
 def test_segments_loss_is_the_mean_over_the_mask():

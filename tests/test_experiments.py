@@ -15,16 +15,20 @@ import types
 from pathlib import Path
 
 import gymnasium as gym
+import helpers
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import SIGNALS, checkpoint_of, flags, forked, load
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 import dqn_tbb
 import sac_tbb
-from helpers import SIGNALS, forked
 from monoids import MEMORIES
 
+play = helpers.play
 ROOT = Path(__file__).parent.parent
 SWEEP = ROOT / "experiments" / "sweep.py"
 
@@ -212,6 +216,13 @@ def test_prioritised_loss_is_weighted(patched):
     torch.testing.assert_close(metrics_of(dqn_tbb, (rows, t))["losses/td_loss"], losses.mean())
 
 
+def test_prioritised_run_updates_its_priorities(patched, play, tmp_path):
+    module = patched("prioritised")
+    assert play(module, *flags(dqn_tbb))[0] == 0
+    priority = load(checkpoint_of(tmp_path))["learners"]["buffer"]["priority"]
+    assert len({*priority}) > 5
+
+
 def test_separate_memories_are_trained_by_different_losses(patched):
     """While both are equal, all that has a gradient with one memory has the same, and the actor's memory has one too."""
     module, rng = patched("separate_memories", "sac_tbb.py"), np.random.default_rng(0)
@@ -235,6 +246,22 @@ def test_separate_memories_are_trained_by_different_losses(patched):
     assert all(gradient.any() for gradient in of_actor.values())
 
 
+def test_separate_actor_acts_with_a_memory_of_its_own(patched):
+    module = patched("separate_memories", "sac_tbb.py")
+    envs, agent, _ = helpers.make(module, env_id="Pendulum-v1")
+    start, state = torch.ones(1, 5, dtype=torch.bool), agent.memory.initial_state(5)
+    inputs = torch.ones(1, 5, 3), torch.zeros(1, 5, 1), start, state
+
+    def act():
+        with torch.no_grad():
+            return module.policy(agent, *inputs, greedy=True)[0]
+
+    before = act()
+    for part, same in (agent.encoder, True), (agent.of_actor[0], False):
+        torch.nn.init.zeros_(part[-1].weight)
+        assert torch.equal(act(), before) == same
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The environments
 
@@ -254,6 +281,29 @@ def test_full_pendulum_is_the_task_of_popgym_with_its_velocity(level, n):
         assert outcome == expected
         ends, n = outcome[1:], n - 1
     assert ends == [False, True] and n == 0
+
+
+@pytest.mark.parametrize("robot", ["Hopper", "Walker2d", "HalfCheetah"])
+def test_parts_of_a_robot(robot):
+    pytest.importorskip("mujoco", reason="pip install -r experiments/requirements.txt")
+    for what in ("Positions", "Velocities", "Full"):
+        env = gym.make(f"experiments.partial_mujoco:{robot}{what}-v0")
+        obs, _ = env.reset(seed=0)
+        data = env.unwrapped.data
+        parts = {"Positions": data.qpos[1:], "Velocities": data.qvel}  # without the distance covered
+        np.testing.assert_allclose(obs, parts.get(what, np.concatenate([*parts.values()])))
+        assert env.observation_space.contains(obs)
+
+
+def test_random_returns_are_those_of_the_csv(sweep):
+    import plot
+    import popgym_random
+
+    assert [*plot.POPGYM] == popgym_random.TASKS
+    for task in ("CountRecallEasy", "MineSweeperEasy", "PositionOnlyPendulumHard"):
+        returns = popgym_random.random_returns(task, 50)
+        assert abs(returns.mean() - plot.POPGYM[task]) < 4 * returns.std() / 50**0.5 + 0.005
+        np.testing.assert_array_equal(popgym_random.random_returns(task, 50), returns)
 
 
 @pytest.fixture
@@ -285,6 +335,11 @@ def test_t_maze_shows_the_goal_once_and_rewards_the_turn(t_maze):
     assert t_maze([right, left, left, right, right, up], corridor_length=5)[1] == [0, *4 * [-1 / 5], 0]
 
 
+def test_t_maze_has_goals_on_both_sides(t_maze):
+    env = gym.make("tmaze:TMaze-v0")
+    assert {env.reset(seed=seed)[0][1] for seed in range(20)} == {-1, 1}
+
+
 def test_t_maze_that_walks_the_agent(t_maze):
     obs, rewards, goal = t_maze([0, 1, 2, 1 if goal_is_up(t_maze) else 3], corridor_length=3, walk=False)
     assert obs == [[0, goal], [0, 0], [0, 0], [1, 0], [1, 0]] and rewards == [0, 0, 0, 1]
@@ -292,6 +347,74 @@ def test_t_maze_that_walks_the_agent(t_maze):
 
 def goal_is_up(t_maze):
     return t_maze([0, 0], corridor_length=1)[2] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scripts around Stable-Baselines3
+
+
+@pytest.fixture
+def made(sweep, monkeypatch, tmp_path):
+    """Runs a script around Stable-Baselines3 up to where its model would learn: (environments, arguments, callback)."""
+    import sb3_contrib
+    import stable_baselines3
+
+    found = []
+
+    class Model:
+        def __init__(self, policy, envs, **kwargs):
+            found.extend((envs, kwargs))
+
+        def learn(self, total_timesteps, callback):
+            found.append(callback)
+            callback.writer.close()
+            sys.exit()
+
+    def made(script, *argv):
+        monkeypatch.chdir(tmp_path)
+        assert helpers.run(SWEEP.with_name(f"{script}.py"), argv) == 0
+        return found
+
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sb3_contrib, "RecurrentPPO", Model)
+    monkeypatch.setattr(stable_baselines3, "SAC", Model)
+    return made
+
+
+def test_recurrent_ppo_gets_its_arguments(made):
+    argv = "--env-id CartPole-v1 --seed 3 --gamma 0.5 --num-envs 2 --num-steps 7 --eval-episodes 4".split()
+    envs, kwargs, callback = made("recurrent_ppo", *argv)
+    assert kwargs == dict(gamma=0.5, seed=3, n_steps=7, batch_size=512, n_epochs=4, device="cpu")
+    assert envs._seeds == [3, 4] and callback.envs._seeds == [1_000_003 + i for i in range(4)]
+
+
+def test_sac_of_stable_baselines3_gets_its_arguments(made):
+    argv = "--env-id Pendulum-v1 --seed 3 --reward-scale 1000 --eval-episodes 4".split()
+    envs, kwargs, callback = made("sb3_sac", *argv)
+    assert kwargs == dict(seed=3, device="cpu") and envs._seeds == [3] and len(callback.envs._seeds) == 4
+    callback.envs.seed(3)
+    for x in (envs, callback.envs):
+        x.reset()
+    (scaled,), (reward, *_) = (x.step(np.zeros((x.num_envs, 1)))[1] for x in (envs, callback.envs))
+    assert scaled == pytest.approx(1000 * reward)
+
+
+def test_evaluation_of_others_logs_means(sweep, monkeypatch, tmp_path):
+    import recurrent_ppo
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.setattr(recurrent_ppo, "evaluate_policy", lambda *_, **__: ([1.0, 4.0], [1, 1]))
+    monkeypatch.chdir(tmp_path)
+    args = types.SimpleNamespace(env_id="x", seed=1, eval_frequency=100, eval_episodes=2)
+    callback = recurrent_ppo.Evaluate(None, args)
+    callback.model = types.SimpleNamespace(ep_info_buffer=[{"r": 1.0}, {"r": 2.0}])
+    for callback.num_timesteps in (64, 128, 192, 256):
+        callback._on_rollout_start()
+    callback.writer.close()
+    (folder,) = tmp_path.glob("runs/*")
+    log = EventAccumulator(str(folder)).Reload()
+    assert [(e.step, e.value) for e in log.Scalars("charts/eval_return")] == [(128, 2.5), (256, 2.5)]
+    assert log.Scalars("charts/episodic_return")[0].value == 1.5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -501,10 +624,115 @@ def test_interquartile_mean_is_that_of_the_middle_half(sweep):
     assert plot.interval(*strata, statistic=plot.interquartile_mean)[0] == pytest.approx(slow)
 
 
-def test_memory_of_several_names_is_a_stack(sweep):
-    command = sweep.command(sweep.Run(sweep.TBB, "RepeatPreviousEasy", "lru mingru"))
-    at = command.index("--memory")
-    assert command[at : at + 3] == ["--memory", "lru", "mingru"]
+def test_interval_is_that_of_a_mean_over_tasks(sweep):
+    """Of so many seeds that their means are normally distributed; a task with more seeds weighs no more."""
+    import plot
+
+    strata = [np.random.default_rng(seed).normal(seed, size=n) for seed, n in enumerate((400, 900))]
+    center, error = sum(x.mean() for x in strata) / 2, sum(x.var() / len(x) for x in strata) ** 0.5 / 2
+    expected = [center, center - 1.96 * error, center + 1.96 * error]
+    np.testing.assert_allclose(plot.interval(*strata), expected, rtol=0, atol=0.15 * error)
+    np.testing.assert_allclose(plot.errors(*expected), 1.96 * error)
+    np.testing.assert_allclose(plot.errors(5, 3, 6), [2, 1])
+
+
+def test_seeds_that_not_all_tasks_have_do_not_count(sweep, tmp_path):
+    """In the interquartile mean, to which one more seed of an easy task would add."""
+    import plot
+
+    with open(tmp_path / "popgym.csv", "w") as file:
+        for task, seed, x in ("RepeatPreviousEasy", 1, 0.0), ("RepeatFirstEasy", 1, 0.0), ("RepeatFirstEasy", 2, 1.0):
+            columns = sweep.Run("ppo_tbb.py", task, "lru", seed=seed, total_timesteps=2000).columns
+            sweep.append(file, [columns | dict(step=step, seconds=1, eval_return=x) for step in (1, 2000)])
+    page = tmp_path / "popgym.md"
+    page.write_text("<!-- table: popgym_aggregate -->\n<!-- end -->\n")
+    plot.popgym(plot.runs_of(plot.read(tmp_path / "popgym.csv")), tmp_path)
+    low = [plot.POPGYM[task] for task in ("RepeatPreviousEasy", "RepeatFirstEasy")]
+    expected = f"| ppo_tbb, LRU, 2,000 steps | {np.mean([-x / (1 - x) for x in low]):.2f} |"
+    assert expected in page.read_text() and "Seeds 1." in page.read_text()
+
+
+def test_best_and_worst_segment_length(sweep, tmp_path):
+    import plot
+
+    returns = {("dqn_tbb.py", ""): 0.4, ("dqn_sbb.py", 10): 0.1, ("dqn_sbb.py", 20): 0.6}  # at the end; 0 before
+    with open(tmp_path / "sample_efficiency.csv", "w") as file:
+        for (script, length), x in returns.items():
+            columns = sweep.Run(script, "RepeatPreviousEasy", "lru", length, total_timesteps=2000).columns
+            steps = [columns | dict(step=1000 * k, seconds=k, eval_return=x * (k - 1)) for k in (1, 2)]
+            sweep.append(file, steps)
+    page = tmp_path / "README.md"
+    page.write_text("<!-- table: sample_efficiency -->\n<!-- end -->\n")
+    plot.sample_efficiency(plot.runs_of(plot.read(tmp_path / "sample_efficiency.csv")), tmp_path)
+    low = plot.POPGYM["RepeatPreviousEasy"]
+    for name, scale in ("final return", 1), ("mean return over training", 0.5):
+        tbb, worst, best = (f"{(scale * x - low) / (1 - low):.2f}" for x in returns.values())
+        assert f"| {name} | LRU | {tbb} | {best} (L = 20) | {worst} (L = 10) |" in page.read_text()
+    assert "Seeds 1.\n" in page.read_text()
+
+
+def test_share_of_sensitivity_beyond_the_segment(sweep, tmp_path):
+    """Of the last decision: ages 2 and more, where a segment has two steps."""
+    import plot
+
+    ages = {("dqn_tbb.py", ""): ["1 1 1 1", "4 2 1 1"], ("dqn_sbb.py", 2): ["1 1 1", "3 1"]}
+    with open(tmp_path / "sensitivity.csv", "w") as file:
+        for (script, length), by_step in ages.items():
+            columns = sweep.Run(script, "RepeatFirstEasy", "lru", length, total_timesteps=2000).columns
+            steps = [columns | dict(step=k, seconds=k, eval_return=0, sensitivity=x) for k, x in enumerate(by_step)]
+            sweep.append(file, steps)
+    page = tmp_path / "README.md"
+    page.write_text("<!-- table: sensitivity -->\n<!-- end -->\n")
+    plot.sensitivity(plot.runs_of(plot.read(tmp_path / "sensitivity.csv")), tmp_path)
+    assert "| RepeatFirstEasy | LRU | 0.25 | 0.00 |" in page.read_text()
+
+
+def test_curves_are_means_where_all_seeds_have_been(sweep):
+    import plot
+
+    steps, returns = ([0, 20, 40], [10, 30]), ([0, 2, 0], [4, 8])
+    runs = [dict(task="a", label="b", step=np.array(x), eval_return=np.array(y)) for x, y in zip(steps, returns)]
+    (ax,) = plot.curves(runs, "step", "steps", "label").axes
+    x, y = ax.lines[0].get_data()
+    assert (x[0], x[-1]) == (10, 30)
+    np.testing.assert_allclose(y, (np.interp(x, *zip((10, 1), (20, 2), (30, 1))) + 4 + (x - 10) / 5) / 2)
+
+
+def test_batch_statistics_of_padding(sweep):
+    """Without padding it changes nothing; zeros in half of a batch halve the mean of a one-hot feature."""
+    import plot
+
+    np.testing.assert_allclose(plot.batch_statistics("RepeatPreviousEasy", 51), (0, 1), atol=1e-6)  # an episode's steps
+    half = [0.125 / (0.25 * 0.75) ** 0.5, (0.125 * 0.875 / (0.25 * 0.75)) ** 0.5]  # one of four suits
+    np.testing.assert_allclose(plot.batch_statistics("RepeatPreviousEasy", 102), half, rtol=0.1)
+
+
+def test_tables_of_the_pages_are_those_of_the_results(sweep, tmp_path, monkeypatch):
+    """As plot.py writes them from the CSVs beside them, without drawing figures."""
+    import plot
+
+    (folder := tmp_path / "experiments").mkdir()
+    shutil.copytree(SWEEP.with_name("results"), folder / "results")
+    pages = {SWEEP.with_name(name): folder / name for name in ("README.md", "popgym.md", "sac.md")}
+    pages[ROOT / "README.md"] = tmp_path / "README.md"
+    for page, copied in pages.items():  # without their tables
+        text = re.sub("(<!-- table: .*?-->\n).*?(<!-- end -->)", r"\1\2", page.read_text(), flags=re.DOTALL)
+        copied.write_text(text)
+    monkeypatch.setattr(plot, "save", lambda figure, *_: plot.plt.close(figure))
+    monkeypatch.setattr(plot, "batch_statistics", lambda *_: (0, 0))  # in a figure only
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(folder / "results")])
+    plot.main()
+    for page, copied in pages.items():
+        assert copied.read_text() == page.read_text(), page
+
+
+def test_tables_of_the_benchmarks_are_those_of_their_csvs(tmp_path):
+    folder = shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    page = (folder / "README.md").read_text()
+    text = re.sub("(<!-- table: .*?-->\n).*?(<!-- end -->)", r"\1\2", page, flags=re.DOTALL)
+    (folder / "README.md").write_text(text)
+    subprocess.run([sys.executable, folder / "tables.py"], check=True)
+    assert text != page == (folder / "README.md").read_text()
 
 
 def test_a_killed_sweep_resumes(smoke, tmp_path):
@@ -566,6 +794,86 @@ def test_a_failed_run_is_reported_and_stops_nothing(sweep, tmp_path, monkeypatch
     assert str(stop.value.code).startswith("1 failed:\ndqn_tbb RepeatPreviusEasy lru")  # a string is exit status 1
     assert "Did you mean: `popgym-RepeatPreviousEasy`" in stop.value.code
     assert {row["env_id"] for row in rows_of(tmp_path / "both.csv")} == {"popgym-RepeatPreviousEasy-v0"}
+
+
+def test_results_are_those_of_the_table(sweep):
+    """The CSVs have no run that a sweep would not play, and its columns are those that a sweep would write."""
+    for name in sweep.EXPERIMENTS:
+        rows = rows_of(SWEEP.with_name("results") / f"{name}.csv")
+        runs = {run.key: run for run in sweep.runs_of(name, {int(row["seed"]) for row in rows})}
+        for row in rows:
+            columns = runs[row["run"]].columns
+            assert {column: row[column] for column in columns} == {column: str(x) for column, x in columns.items()}
+
+
+def test_command_has_all_that_tells_a_run_from_others(sweep):
+    run = sweep.Run(sweep.SBB, "RepeatPreviousEasy", "lru mingru", 20, "burn_in", 3, 1000, ("--d-model", "64"))
+    expected = "--env-id popgym-RepeatPreviousEasy-v0 --seed 3 --total-timesteps 1000 --eval-frequency 100"
+    expected += " --memory lru mingru --segment-length 20 --burn-in 10 --d-model 64"
+    assert sweep.command(run) == expected.split()
+    changed = [("script", "x"), ("task", "x"), ("memory", "x"), ("segment_length", 0), ("variant", "x"), ("seed", 0)]
+    changed += [("total_timesteps", 0), ("flags", ())]
+    assert len({run.key, *(run._replace(**{name: x}).key for name, x in changed)}) == 9
+
+
+def test_a_row_has_the_means_since_the_evaluation_before(sweep, tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    with SummaryWriter(tmp_path) as writer:
+        for step, x in (10, 1), (20, 3), (30, 5):
+            now[0] = 1000 + step
+            writer.add_scalar("losses/td_loss", x, step)
+            if step > 10:
+                writer.add_scalar("charts/eval_return", x / 4, step)
+    rows = sweep.read_log(sweep.Run(sweep.TBB, "RepeatPreviousEasy"), tmp_path)
+    found = [[row[name] for name in ("step", "seconds", "eval_return", "td_loss", "sensitivity")] for row in rows]
+    assert found == [[20, "20.0", "0.75", "2", ""], [30, "30.0", "1.25", "5", ""]]
+
+
+def test_a_run_that_two_experiments_share_is_played_once(sweep, tmp_path, monkeypatch):
+    """But wall_clock plays all of its own; --tasks leaves out the others."""
+    played = []
+
+    def here(runs, *_):
+        for run in runs:
+            played.append(run)
+            yield run, [run.columns | {"step": run.total_timesteps}]
+
+    def runs_of(name):
+        played.clear()
+        argv = ["sweep.py", name, "--seeds", "1", "--tasks", "RepeatPreviousMedium", "--results", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", argv)
+        sweep.main()
+        assert {run.task for run in played} <= {"RepeatPreviousMedium"}
+        return len(played), len(rows_of(tmp_path / f"{name}.csv"))
+
+    monkeypatch.setattr(sweep, "here", here)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of pytest stay
+    assert [runs_of(name) for name in ("sample_efficiency", "ablations", "wall_clock")] == [(20, 20), (5, 7), (6, 6)]
+    assert [runs_of(name) for name in ("sample_efficiency", "ablations", "wall_clock")] == [(0, 20), (0, 7), (0, 6)]
+
+
+@pytest.mark.parametrize("wrong", ["--tasks RepeatPreviusMedium", "--jobs 0"])
+def test_wrong_arguments_of_a_sweep_are_refused(wrong, sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "wall_clock", *wrong.split(), "--results", str(tmp_path / "new")])
+    monkeypatch.setattr(sweep, "here", None)
+    with pytest.raises(SystemExit) as stop:
+        sweep.main()
+    assert stop.value.code == 2 and wrong.split()[0] in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+def test_smoke_tests_leave_the_results_alone(sweep, tmp_path, monkeypatch):
+    """A handler that nohup has set stays too."""
+    handled = []
+    monkeypatch.setattr(signal, "signal", lambda number, _: handled.append(number))
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
+    monkeypatch.setattr(sweep, "here", lambda *_: (x for x in ()))
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    for more, made in (["--smoke"], False), ([], True):
+        monkeypatch.setattr(sys, "argv", ["sweep.py", "wall_clock", *more])
+        sweep.main()
+        assert (tmp_path / "experiments" / "results").exists() == made
+    assert {*handled} == {signal.SIGINT, signal.SIGTERM}
 
 
 def test_two_ray_nodes_give_the_results_of_this_machine(smoke, tmp_path):

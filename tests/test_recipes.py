@@ -163,6 +163,14 @@ def test_tasks_are_images_of_the_size_they_say():
             assert env.observation_space.contains(obs)
             if terminated or truncated:
                 env.reset()
+    assert gym.make("tasks:ImageMemory-v0").action_space == Discrete(3)
+    obs, _ = env.reset(seed=1)  # of Breakout: one life, of frames half of which are black
+    black, over = [not obs.any()], False
+    while not over:
+        obs, _, terminated, truncated, _ = env.step(0)  # the ball flies without FIRE, and is lost
+        black.append(not obs.any())
+        over = terminated or truncated
+    assert terminated and env.unwrapped.ale.lives() == 4 and 0.3 < np.mean(black) < 0.7
     for env_id in [env_id for env_id in gym.registry if env_id.startswith("ALE/")]:
         del gym.registry[env_id]  # as other tests expect it
 
@@ -214,6 +222,19 @@ def test_masked_actions_are_never_taken(which, patched, play, tmp_path):
     assert_refused(play(module, "--env-id", "CartPole-v1"), "CartPole-v1", "action_mask")
 
 
+def test_last_rows_hold_zeros_though_actions_are_masked(patched):
+    for module, kwargs in zip(patched("action_mask"), ({"epsilon": 1.0}, {"greedy": False})):
+        _, envs, network, _ = make(module, env_id="Masked-v0", num_envs=20)
+        episodes = module.collect(envs, network, partial(module.policy, **kwargs), (1, 0))
+        assert not any(e.action[-1].any() for e in episodes) and any(e.action[:-1].any() for e in episodes)
+
+
+def test_mask_of_another_size_is_refused(patched, play, monkeypatch):
+    monkeypatch.setattr(Masked, "action_space", Discrete(5, start=2))
+    for module in patched("action_mask"):
+        assert_refused(play(module, "--env-id", "Masked-v0"), "not an array of 5 numbers")
+
+
 def test_masked_actions_are_not_bootstrapped_from(patched):
     """Double DQN's target against a loop that knows the masks, where a masked action has the largest value."""
     module, _ = patched("action_mask")
@@ -259,7 +280,7 @@ UPDATES = 3
 
 def agent_and_batch(module, ranks):
     """The agent of seed 0, and one batch of what the processes of these ranks play, in float64."""
-    args, envs, agent, act = make(module, num_envs=4, max_grad_norm=1e9)
+    args, envs, agent, act = make(module, num_envs=4, max_grad_norm=0.01)
     episodes = [e for rank in ranks for e in module.collect(envs, agent, act, (1, 0, 0, rank))]
     rows = rows_of(module, episodes)
     rows = rows._replace(obs=rows.obs.double(), reward=rows.reward.double())
@@ -314,6 +335,9 @@ def test_torchrun_of_two_processes_is_one_run(tmp_path):
     assert run.stdout.count("final: ") == 1
     _, global_step, *_ = load(checkpoint_of(tmp_path))["counters"]
     assert global_step >= helpers.TOTAL and f"global_step={global_step} " in run.stdout
+    assert len([*tmp_path.glob("runs/*")]) == 1  # one process logs
+    steps = [step for step, _ in helpers.scalars(tmp_path)["charts/SPS"]]
+    assert (np.diff(steps, prepend=0) % 2).any()  # the other plays other episodes
     a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -337,17 +361,33 @@ def test_environments_play_in_processes_of_their_own(patched, monkeypatch):
     envs.close()
 
 
-def test_async_envs_same_seed_same_run(patched, play, tmp_path, monkeypatch):
-    """Even where an environment draws from global generators, which each process has for itself, in its constructor
-    too; and no two environments draw the same.
-    """
+def test_episodes_in_processes_are_a_function_of_the_seed(patched, monkeypatch):
+    """Whatever generator of its process an environment uses. In their constructors no two draw the same."""
     noise = lambda *_: np.array([random.random() + np.random.rand(), torch.rand(()).item()], dtype=np.float32)
     monkeypatch.setattr(Lengths, "__init__", lambda env, **_: setattr(env, "offset", noise()))
-    monkeypatch.setattr(Lengths, "observe", lambda env: env.offset + noise())
+    monkeypatch.setattr(Lengths, "observe", noise)
     (module,) = patched("async_envs")
-    envs = module.make_envs(module.Args(env_id="Lengths-v0"), 4)
-    assert len({tuple(offset) for offset in envs.get_attr("offset")}) == 4
+    _, envs, network, act = make(module)
+    assert all(len({*x}) == 3 for x in np.transpose(envs.get_attr("offset")))
+    a, b = (module.collect(envs, network, act, (1, 0)) for _ in range(2))
     envs.close()
+    for x, y in zip(sum(a, ()), sum(b, ()), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_async_envs_leave_the_handler_of_ctrl_c(patched):
+    (module,) = patched("async_envs")
+    before = signal.getsignal(signal.SIGINT)
+    make(module)[1].close()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_async_envs_same_seed_same_run(patched, play, tmp_path, monkeypatch):
+    """Even where an environment draws from global generators, which each process has for itself, in its constructor."""
+    noise = lambda *_: np.array([random.random() + np.random.rand(), torch.rand(()).item()], dtype=np.float32)
+    monkeypatch.setattr(Lengths, "__init__", lambda env, **_: setattr(env, "offset", noise()))
+    monkeypatch.setattr(Lengths, "observe", lambda env: env.offset)
+    (module,) = patched("async_envs")
     for folder in "ab":
         assert play(module, *flags(dqn_tbb, "--eval-episodes", 2), folder=folder)[0] == 0
     assert outcome(checkpoint_of(tmp_path / "a")) == outcome(checkpoint_of(tmp_path / "b"))

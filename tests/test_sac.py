@@ -69,7 +69,7 @@ def metrics_and_gradient(args, agent, target_agent, batch):
 @pytest.mark.parametrize("previous_action", [True, False])
 def test_targets_see_the_true_history(memory, previous_action):
     """Features of each history from an agent that is fed o_0 ... o_t on its own, row by row; losses row by row."""
-    args, agent, target_agent = make_agents(memory=(memory,), previous_action=previous_action)
+    args, agent, target_agent = make_agents(memory=(memory,), previous_action=previous_action, gamma=0.9)
     rng = np.random.default_rng(0)
     episodes = [make_episode(rng, n, terminated) for n, terminated in [(3, True), (1, False), (6, False), (1, True)]]
     batch = make_batch(episodes)
@@ -154,6 +154,16 @@ def test_alpha_moves_towards_the_target_entropy(log_std):
     assert (agent.log_alpha < before) == (log_std == 0)  # more entropy than wanted: less weight
 
 
+def test_target_network_moves_by_tau():
+    args, agent, target_agent = make_agents(tau=0.3)
+    before, (rows, t) = copy.deepcopy(target_agent), make_batch([make_episode(np.random.default_rng(0), 9, True)])
+    metrics = sac_tbb.update(agent, target_agent, Still(agent), (rows, t), args)
+    for old, new, own in zip(before.parameters(), target_agent.parameters(), agent.parameters()):
+        torch.testing.assert_close(new, 0.7 * old + 0.3 * own)
+    x, _ = agent(rows.obs, rows.action.roll(1, 0), rows.start, agent.memory.initial_state(1))
+    torch.testing.assert_close(metrics["losses/q_values"], agent.q_values(x, rows.action)[t].mean().detach())
+
+
 def test_padding_does_not_affect_the_losses(monkeypatch):
     """--compile pads batches to multiples of 64 rows."""
     args, agent, target_agent = make_agents()
@@ -164,6 +174,12 @@ def test_padding_does_not_affect_the_losses(monkeypatch):
     padded.start[len(rows.start) :] = True
     plain = metrics_and_gradient(args, agent, target_agent, (rows, t))
     torch.testing.assert_close(metrics_and_gradient(args, agent, target_agent, (padded, t)), plain)
+
+
+def test_critics_are_two():
+    _, agent, _ = make_agents()
+    q = agent.q_values(torch.randn(5, 1, 8).double(), torch.rand(5, 1, K).double())
+    assert (q[..., 0] != q[..., 1]).all()
 
 
 @pytest.mark.parametrize("greedy", [True, False])
