@@ -3,7 +3,7 @@
     python dqn_sbb.py --env-id popgym-RepeatPreviousEasy-v0 --memory lru --segment-length 50
 
 This is how recurrent RL is usually trained: episodes are cut to segments of a fixed length, zero-padded and masked. The
-memory starts each from its initial state, and gradients end at its edges. `diff dqn_tbb.py dqn_sbb.py`: what differs.
+memory starts each from its initial state, and gradients end at its edges. Compare: `diff dqn_tbb.py dqn_sbb.py`.
 A *row* is one time step; *start* marks an episode's first. An episode of n transitions is n + 1 rows, the last of which
 holds the final observation, so the next row is always the next state: terminal, truncated or neither.
 Source: "Revisiting Recurrent Reinforcement Learning with Memory Monoids" (Morad et al. 2024, arXiv 2402.09900).

@@ -226,8 +226,9 @@ def write(rows, runs, folder, name, across="", page="README.md"):
     lines += [[text(row.get(column, "")) for column in columns] for row in wide.values()]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     brackets = "; in brackets the 95% bootstrap interval" if " [" in table else ""
-    alone = " (none: one seed)" if brackets and seeds(runs).startswith("1 to") else ""
-    table += f"\n\n{seeds(runs).capitalize()}{brackets}{alone}."
+    found = seeds(runs).capitalize()
+    alone = " (none: one seed)" if brackets and found.startswith("1 to") else ""
+    table += f"\n\n{found}{brackets}{alone}."
     print(f"\n{name}\n\n{table}\n")
     if (page := folder / page).exists():
         marked = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"

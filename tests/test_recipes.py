@@ -65,9 +65,9 @@ def make(module, **kwargs):
     return args, envs, module.QNetwork(envs, args), partial(module.policy, epsilon=0.5)
 
 
-def apply_to(script, recipe, folder):
-    """Applies a patch of dqn_tbb.py to a copy of another script."""
-    patch = RECIPES.joinpath(f"{recipe}.patch").read_text().replace("dqn_tbb", script)
+def apply_async_envs(script, folder):
+    """To the copy of a script in a folder, as the page says."""
+    patch = RECIPES.joinpath("async_envs.patch").read_text().replace("dqn_tbb", script)
     env = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # else git may skip the file
     subprocess.run(["git", "apply"], input=patch, text=True, cwd=folder, env=env, check=True)
 
@@ -325,7 +325,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 def test_torchrun_of_two_processes_is_one_run(tmp_path):
     """With the same weights at its end, though `async_envs` seeds torch's generator in each process."""
     (path,) = environments.apply("data_parallel", tmp_path)
-    apply_to("ppo_tbb", "async_envs", tmp_path)
+    apply_async_envs("ppo_tbb", tmp_path)
     path.write_text(path.read_text() + '    torch.save(agent.state_dict(), f"{rank}.pt")\n')
     argv = flags(ppo_tbb, "--env-id", "CartPole-v1", "--target-kl", 0.02)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", path, *argv]
@@ -500,7 +500,7 @@ def test_a_memory_of_your_own():
 @pytest.mark.parametrize("script", ["dqn_sbb", "ppo_tbb", "sac_tbb"])
 def test_async_envs_fits_every_script(script, tmp_path):
     shutil.copy(ROOT / f"{script}.py", tmp_path)
-    apply_to(script, "async_envs", tmp_path)
+    apply_async_envs(script, tmp_path)
     assert "AsyncVectorEnv" in tmp_path.joinpath(f"{script}.py").read_text()
 
 
