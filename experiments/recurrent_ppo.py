@@ -3,8 +3,9 @@
     python experiments/recurrent_ppo.py --env-id popgym-RepeatPreviousMedium-v0 --total-timesteps 250000
 
 Batches of 512 and 4 epochs; all else that is not an argument here is its default. Observations are flattened, because
-it takes no tuples. Tags in TensorBoard: charts/eval_return (greedy episodes on a fresh environment) and
-charts/episodic_return (the last 100 training episodes).
+it takes no tuples; with --previous-action they include the previous action, as in the scripts here. Tags in
+TensorBoard: charts/eval_return (greedy episodes on a fresh environment) and charts/episodic_return (the last 100
+training episodes).
 """
 
 import argparse
@@ -16,11 +17,29 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import popgym  # noqa: F401  registers popgym-*
+from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from torch.utils.tensorboard import SummaryWriter
+
+
+class PreviousAction(gym.Wrapper):
+    """Appends the previous action, one-hot if it is discrete, to a flat observation; zeros at an episode's start."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.observation_space = spaces.flatten_space(spaces.Tuple((env.observation_space, env.action_space)))
+        self.no_action = np.zeros_like(spaces.flatten_space(env.action_space).low)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return np.concatenate((obs, self.no_action)), info
+
+    def step(self, action):
+        obs, *others = self.env.step(action)
+        return np.concatenate((obs, spaces.flatten(self.env.action_space, action))), *others
 
 
 class Evaluate(BaseCallback):
@@ -55,16 +74,21 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--total-timesteps", type=int, default=250_000)
     parser.add_argument("--gamma", type=float, default=0.99)
+    parser.add_argument("--gae-lambda", type=float, default=0.95)
+    parser.add_argument("--previous-action", action="store_true")
     parser.add_argument("--num-envs", type=int, default=16)
     parser.add_argument("--num-steps", type=int, default=128)
     parser.add_argument("--eval-frequency", type=int, default=10_000)
     parser.add_argument("--eval-episodes", type=int, default=32)
     args = parser.parse_args()
-    make_envs = partial(make_vec_env, args.env_id, wrapper_class=gym.wrappers.FlattenObservation)
+    flatten = gym.wrappers.FlattenObservation
+    wrapper = (lambda env: PreviousAction(flatten(env))) if args.previous_action else flatten
+    make_envs = partial(make_vec_env, args.env_id, wrapper_class=wrapper)
     envs = make_envs(args.num_envs, args.seed)
     callback = Evaluate(make_envs(args.eval_episodes, args.seed + 1_000_000), args)
     sizes = dict(n_steps=args.num_steps, batch_size=512, n_epochs=4)  # with these it solves Easy: benchmarks/ppo.py
-    model = RecurrentPPO("MlpLstmPolicy", envs, **sizes, gamma=args.gamma, seed=args.seed, device="cpu")
+    kwargs = sizes | dict(gamma=args.gamma, gae_lambda=args.gae_lambda, seed=args.seed)
+    model = RecurrentPPO("MlpLstmPolicy", envs, **kwargs, device="cpu")
     start_time = time.time()
     model.learn(args.total_timesteps, callback)
     eval_return = callback.evaluate()

@@ -126,6 +126,17 @@ def popgym_ppo(steps, memory, prediction, bandits, first=()):
     return [dict(script=[PPO], task=dict.fromkeys(x, steps), memory=memory, flags=flags) for x, flags in families]
 
 
+def popgym_recurrent_ppo(steps, tasks):
+    """RecurrentPPO, with the inputs, discounts and lambdas of ppo_tbb.py."""
+    short = ["--gae-lambda", "0.5"]
+    families = [(HIDDEN, []), (PREDICTION, ["--gamma", "0"]), (MINES, short), (GAMES, ["--gamma", "0.5", *short])]
+    return [
+        dict(script=[RECURRENT_PPO], flags=["--previous-action", *flags])
+        | dict(task={task: steps for task in family if task in tasks})
+        for family, flags in families
+    ]
+
+
 LRU = dict(script=[TBB], task=TASKS, memory=["lru"], flags=SMALL)
 
 EXPERIMENTS = {
@@ -170,7 +181,7 @@ EXPERIMENTS = {
         dict(script=[PPO], task=dict.fromkeys(PREDICTION, 1_000_000), memory=["lru"])
         | dict(flags=["--gamma", "0", *FOUR_EACH]),
         dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
-        dict(script=[RECURRENT_PPO], task=dict.fromkeys([*MORE_TASKS, *EASY_GAMES, *CONTROL], 250_000)),
+        *popgym_recurrent_ppo(250_000, [*MORE_TASKS, *EASY_GAMES, *CONTROL]),
     ],
     "sac": [
         dict(script=[SAC], task={PENDULUMS[0]: 50_000}, memory=["lru"], variant=["", "separate_memories"]),

@@ -371,9 +371,10 @@ def made(sweep, monkeypatch, tmp_path):
             sys.exit()
 
     def made(script, *argv):
+        found.clear()
         monkeypatch.chdir(tmp_path)
         assert helpers.run(SWEEP.with_name(f"{script}.py"), argv) == 0
-        return found
+        return [*found]
 
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sb3_contrib, "RecurrentPPO", Model)
@@ -382,10 +383,30 @@ def made(sweep, monkeypatch, tmp_path):
 
 
 def test_recurrent_ppo_gets_its_arguments(made):
-    argv = "--env-id CartPole-v1 --seed 3 --gamma 0.5 --num-envs 2 --num-steps 7 --eval-episodes 4".split()
-    envs, kwargs, callback = made("recurrent_ppo", *argv)
-    assert kwargs == dict(gamma=0.5, seed=3, n_steps=7, batch_size=512, n_epochs=4, device="cpu")
+    argv = "--env-id CartPole-v1 --seed 3 --gamma 0.5 --gae-lambda 0.8 --num-envs 2 --num-steps 7 --eval-episodes 4"
+    envs, kwargs, callback = made("recurrent_ppo", *argv.split())
+    assert kwargs == dict(gamma=0.5, gae_lambda=0.8, seed=3, n_steps=7, batch_size=512, n_epochs=4, device="cpu")
     assert envs._seeds == [3, 4] and callback.envs._seeds == [1_000_003 + i for i in range(4)]
+    assert envs.observation_space.shape == (4,)
+    envs, _, callback = made("recurrent_ppo", *argv.split(), "--previous-action")
+    assert envs.observation_space.shape == callback.envs.observation_space.shape == (6,)
+
+
+@pytest.mark.parametrize("task", ["PositionOnlyPendulumEasy", "RepeatPreviousEasy", "BattleshipEasy"])
+def test_recurrent_ppo_sees_its_previous_action(task, sweep):
+    from recurrent_ppo import PreviousAction
+
+    env, other = (gym.wrappers.FlattenObservation(gym.make(f"popgym-{task}-v0")) for _ in range(2))
+    env, shown = PreviousAction(env), np.zeros(gym.spaces.flatdim(env.action_space))
+    (obs, _), (expected, _) = (x.reset(seed=1) for x in (env, other))
+    env.action_space.seed(1)
+    for _ in range(5):
+        assert env.observation_space.contains(obs)
+        np.testing.assert_array_equal(obs, [*expected, *shown])
+        action = env.action_space.sample()
+        (obs, *others), (expected, *expected_others) = env.step(action), other.step(action)
+        assert others == expected_others
+        shown = gym.spaces.flatten(env.action_space, action)
 
 
 def test_sac_of_stable_baselines3_gets_its_arguments(made):
@@ -851,6 +872,13 @@ def test_a_run_that_two_experiments_share_is_played_once(sweep, tmp_path, monkey
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of pytest stay
     assert [runs_of(name) for name in ("sample_efficiency", "ablations", "wall_clock")] == [(20, 20), (5, 7), (6, 6)]
     assert [runs_of(name) for name in ("sample_efficiency", "ablations", "wall_clock")] == [(0, 20), (0, 7), (0, 6)]
+    path = tmp_path / "ablations.csv"
+    whole = path.read_text()
+    path.write_text(f"{whole}cut off")
+    runs_of("wall_clock")  # mends its own CSV only: another sweep may be writing the others
+    assert path.read_text() == f"{whole}cut off"
+    runs_of("ablations")
+    assert path.read_text() == whole
 
 
 @pytest.mark.parametrize("wrong", ["--tasks RepeatPreviusMedium", "--jobs 0"])
