@@ -26,7 +26,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class PreviousAction(gym.Wrapper):
-    """Appends the previous action, one-hot if it is discrete, to a flat observation; zeros at an episode's start."""
+    """Appends the previous action, one-hot if it is discrete, to a flat observation; zeros at an episode's start.
+
+    POPGym's own wrapper refuses environments of `gym.make`.
+    """
 
     def __init__(self, env):
         super().__init__(env)

@@ -80,6 +80,9 @@ FAR = {"RepeatPreviousMedium": 15_000, "RepeatFirstEasy": 20_000}  # the answer 
 NEAR = {"RepeatPreviousEasy": 8_000}  # it is three steps old
 HALF = ["--d-model", "64"]  # hundreds of runs: half the width, a third of the time
 SMALL = [*HALF, "--learning-rate", "1e-3"]
+IMMEDIATE = ["--gamma", "0"]  # an action changes only its own reward
+SHORT = ["--gae-lambda", "0.5"]
+SHORTER = ["--gamma", "0.5", *SHORT]
 ONE_EACH = ["--num-minibatches", "16"]  # one episode in each minibatch of PPO
 FEW = ["--num-envs", "4", "--num-minibatches", "4"]  # likewise, but four times as many iterations: long episodes
 MANY = ["--num-envs", "128"]  # where episodes have a handful of steps
@@ -114,22 +117,20 @@ def t_mazes(script, n, episodes):
 
 def popgym_ppo(steps, memory, prediction, bandits, first=()):
     """All tasks of POPGym, with the arguments of each family; first: what FIRST has in addition to `prediction`."""
-    short, prediction = ["--gae-lambda", "0.5"], ["--gamma", "0", *prediction]
     families = [
         (HIDDEN, []),
-        ([task for task in PREDICTION if task not in FIRST], prediction),
-        (FIRST, [*prediction, *first]),
-        (MINES, [*short, *MANY]),
-        (BANDITS, ["--gamma", "0.5", *short, *bandits]),
-        (GAMES, ["--gamma", "0.5", *short, *ONE_EACH]),
+        ([task for task in PREDICTION if task not in FIRST], [*IMMEDIATE, *prediction]),
+        (FIRST, [*IMMEDIATE, *prediction, *first]),
+        (MINES, [*SHORT, *MANY]),
+        (BANDITS, [*SHORTER, *bandits]),
+        (GAMES, [*SHORTER, *ONE_EACH]),
     ]
     return [dict(script=[PPO], task=dict.fromkeys(x, steps), memory=memory, flags=flags) for x, flags in families]
 
 
 def popgym_recurrent_ppo(steps, tasks):
     """RecurrentPPO, with the inputs, discounts and lambdas of ppo_tbb.py."""
-    short = ["--gae-lambda", "0.5"]
-    families = [(HIDDEN, []), (PREDICTION, ["--gamma", "0"]), (MINES, short), (GAMES, ["--gamma", "0.5", *short])]
+    families = [(HIDDEN, []), (PREDICTION, IMMEDIATE), (MINES, SHORT), (GAMES, SHORTER)]
     return [
         dict(script=[RECURRENT_PPO], flags=["--previous-action", *flags])
         | dict(task={task: steps for task in family if task in tasks})
@@ -163,7 +164,7 @@ EXPERIMENTS = {
     "memories": [
         LRU | dict(task=MORE_TASKS, memory=MEMORIES),
         dict(script=[PPO], task=dict.fromkeys(CONTROL[:2], 50_000), memory=MEMORIES, flags=HALF),
-        dict(script=[PPO], task=dict.fromkeys(MORE_PREDICTION, 50_000), memory=MEMORIES, flags=[*HALF, "--gamma", "0"]),
+        dict(script=[PPO], task=dict.fromkeys(MORE_PREDICTION, 50_000), memory=MEMORIES, flags=[*HALF, *IMMEDIATE]),
     ],
     "t_maze": [
         *(run for n in (50, 250, 1000) for run in (*t_mazes(TBB, n, 300), *t_mazes(PPO, n, 600))),
@@ -179,7 +180,7 @@ EXPERIMENTS = {
         *popgym_ppo(1_000_000, ["lru mingru"], FOUR_EACH, ONE_EACH),
         *popgym_ppo(1_000_000, ["lru lru mingru"], FOUR_EACH, ONE_EACH, LONG_MEMORY),
         dict(script=[PPO], task=dict.fromkeys(PREDICTION, 1_000_000), memory=["lru"])
-        | dict(flags=["--gamma", "0", *FOUR_EACH]),
+        | dict(flags=[*IMMEDIATE, *FOUR_EACH]),
         dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
         *popgym_recurrent_ppo(250_000, [*MORE_TASKS, *EASY_GAMES, *CONTROL]),
     ],
