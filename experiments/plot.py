@@ -239,7 +239,7 @@ def write(rows, runs, folder, name, across="", page="README.md"):
 # The experiments: each draws its figures and writes its tables
 
 
-def curves(runs, axis, xlabel, label, columns="task", rows=None):
+def curves(runs, axis, xlabel, label, columns="task", rows=None, xscale="linear"):
     """A line for each value of `label`; a column of panels for each value of `columns`, a row for each of `rows`."""
     downs, acrosses = unique(runs, rows) if rows else [None], unique(runs, columns)
     size = (3.2, 2.4) if rows else (4.5, 3.2)
@@ -253,6 +253,7 @@ def curves(runs, axis, xlabel, label, columns="task", rows=None):
             draw_band(ax, grid, band, name, unique(runs, label).index(name))
         ax.set_title(f"{down}, {across}" if rows else across, fontsize=9)
         ax.set_xlabel(xlabel)
+        ax.set_xscale(xscale)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.grid(alpha=0.3)
     for row in axes:
@@ -280,7 +281,7 @@ def sample_efficiency(runs, folder):
     figure, axes = panels(1, len(SCORES), 5.5, 3.5, sharey=True)
     table = []
     for ax, name in zip(axes[0], SCORES):
-        series = {"TBB": [], "SBB, best L": [], "SBB, worst L": []}
+        series = {"TBB": [], "SBB, best segment length L": [], "SBB, worst segment length L": []}
         for memory, some in memories.items():
             found = {m: over_tasks(normalised(name), group) for (m,), group in grouped(some, "method").items()}
             lengths = sorted((m for m in found if m != "TBB"), key=lambda m: found[m][0])
@@ -338,7 +339,7 @@ def sensitivity(runs, folder):
                 ax.set_xlabel("age of the observation")
                 ax.axvline(L - 0.5, color="black" if ax is row[-1] else "white", linestyle="--", linewidth=1)
         title = f"{task}: norm of dQ(s_n, a_n) / do_i by age n - i; dashed line: segment length of SBB\n"
-        title += f"heat maps: mean over {seeds(of_task)}; right: {SPREAD}"
+        title += f"heat maps: mean over {seeds(of_task)}, a scale for each row; right: {SPREAD}"
         save(figure, title, folder, f"sensitivity_{task}")
     write(table, runs, folder, "sensitivity", across="method")
 
@@ -392,7 +393,8 @@ def padding(runs, folder):
 def wall_clock(runs, folder):
     runs = labelled(runs)
     figure = curves(runs, "seconds", "wall-clock time (s)", "label")
-    title = f"Return of greedy episodes against wall-clock time, one thread per run\n{SPREAD}, {seeds(runs)}"
+    title = "Return of greedy episodes against wall-clock time, one thread per run; a line ends with its fastest seed"
+    title += f"\n{SPREAD}, {seeds(runs)}"
     save(figure, title, folder, "wall_clock")
     table = [
         {"task": task, "method": method, "memory": memory}
@@ -493,7 +495,7 @@ def family_curves(runs, folder, name, levels="Easy|Medium|Hard"):
     """A row of panels for each family of tasks, a column for each level: tasks are named PositionOnlyPendulumEasy."""
     split = lambda run: re.fullmatch(f"(.+)({levels})", run["task"]).groups()
     runs = [run | dict(zip(("family", "level"), split(run))) for run in runs]
-    figure = curves(runs, "step", "environment steps", "label", columns="level", rows="family")
+    figure = curves(runs, "step", "environment steps", "label", columns="level", rows="family", xscale="log")
     save(figure, f"Return of greedy episodes\n{SPREAD}, {seeds(runs)}", folder, f"{name}_curves")
 
 
@@ -547,7 +549,8 @@ def popgym(runs, folder):
     columns = [column for column in others[0] if column not in NOT_IN_README]
     short = lambda x: x[:3] if isinstance(x, tuple) else x  # without the seconds
     ten = [{column: short(row.get(column, "")) for column in columns} for row in others if row["task"] in IN_README]
-    write(ten, runs, folder, "popgym_ten", page="../README.md")
+    shown = [run for run in runs if run["label"] in columns and run["task"] in IN_README]
+    write(ten, shown, folder, "popgym_ten", page="../README.md")
     aggregate(runs, labels, folder)
 
 
