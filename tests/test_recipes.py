@@ -276,6 +276,19 @@ def test_masked_actions_have_probability_0_in_ppo(patched):
     assert abs(metrics["losses/approx_kl"]) < 1e-6
 
 
+def test_mask_of_zeros_has_no_effect(patched):
+    """Nor is it taken for equal values or probabilities, from which nothing could be learned."""
+    for module in patched("action_mask"):
+        _, envs, network, _ = make(module, env_id="Masked-v0")
+        head = network.head if hasattr(network, "head") else network.actor
+        torch.nn.init.normal_(head[-1].weight)
+        obs, start = torch.zeros(1, 1, 5), torch.ones(1, 1, dtype=torch.bool)
+        action = torch.zeros(1, 1, *envs.single_action_space.shape, dtype=torch.long)
+        out, *_ = network(obs, action, start, network.memory.initial_state(1))
+        values = out[0].logits if isinstance(out, list) else out
+        assert values.min() > -100 and len(values.unique()) == 4
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # data_parallel
 
