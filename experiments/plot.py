@@ -549,8 +549,8 @@ def popgym(runs, folder):
     columns = [column for column in others[0] if column not in NOT_IN_README]
     short = lambda x: x[:3] if isinstance(x, tuple) else x  # without the seconds
     ten = [{column: short(row.get(column, "")) for column in columns} for row in others if row["task"] in IN_README]
-    shown = [run for run in runs if run["label"] in columns and run["task"] in IN_README]
-    write(ten, shown, folder, "popgym_ten", page="../README.md")
+    if shown := [run for run in runs if run["label"] in columns and run["task"] in IN_README]:
+        write(ten, shown, folder, "popgym_ten", page="../README.md")
     aggregate(runs, labels, folder)
 
 
