@@ -277,7 +277,7 @@ def test_masked_actions_have_probability_0_in_ppo(patched):
 
 
 def test_mask_of_zeros_has_no_effect(patched):
-    """Nor is it taken for equal values or probabilities, from which nothing could be learned."""
+    """With equal values or probabilities for all actions, nothing could be learned."""
     for module in patched("action_mask"):
         _, envs, network, _ = make(module, env_id="Masked-v0")
         head = network.head if hasattr(network, "head") else network.actor
