@@ -100,8 +100,9 @@ def tree_map(f, *trees):
 def scan(monoid, elements, reverse=False):
     """All prefixes of •: result_t = x_0 • x_1 • ... • x_t.
 
-    elements: a tensor or a (nested) tuple of tensors, (T, ...) each; ValueError if T is 0. The result has the same
-    structure and shapes. reverse: result_t = x_{T-1} • ... • x_{t+1} • x_t instead (flip, scan, flip).
+    elements: a tensor or a (nested) tuple of tensors, (T, ...) each; ValueError if T is 0 or not the same for all. The
+    result has the same structure and shapes. reverse: result_t = x_{T-1} • ... • x_{t+1} • x_t instead (flip, scan,
+    flip).
 
     A scan over the products of adjacent pairs gives the prefixes that end on odd rows; one more call of `op` gives
     those that end on even rows: fewer than 2T products, in at most 2 log2(T) calls (Blelloch 1990, "Prefix sums and
@@ -110,12 +111,11 @@ def scan(monoid, elements, reverse=False):
     if reverse:
         flip = lambda x: x.flip(0)
         return tree_map(flip, scan(monoid, tree_map(flip, elements)))
-    first = elements
-    while isinstance(first, tuple):
-        first = first[0]
-    T = len(first)
-    if T < 1:
-        raise ValueError("scan: a sequence of at least one row is needed, got none")
+    lengths = set()
+    tree_map(lambda x: lengths.add(len(x)), elements)
+    T, *others = lengths
+    if T < 1 or others:
+        raise ValueError(f"scan: sequences of one length of at least one row are needed, not of {lengths}")
     if T == 1:
         return elements
     rows = lambda tree, *index: tree_map(lambda x: x[slice(*index)], tree)
@@ -148,9 +148,10 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
 
     Exact where products of decays are finite, as for |decay| <= 1. With initial None it then equals `scan(Affine(),
     (decay, x))[1]`, with start `scan(resettable(Affine()), ((decay, x), start))[0][1]`.
-    The backward pass is the same recurrence, reversed, and saves only decay and h, so memory is O(T):
+    The backward pass is the same recurrence, reversed, and saves only decay and, for its gradient, h, in O(T) memory:
         dL/dx_t = dL/dh_t + conj(decay_{t+1}) dL/dx_{t+1}        dL/ddecay_t = dL/dx_t conj(h_{t-1})
-    Works with higher derivatives and with torch.func's grad and vmap, not with forward-mode derivatives (jvp).
+    Works with higher derivatives and with torch.func's grad, jacrev and vmap, not with forward-mode derivatives (jvp)
+    nor with `is_grads_batched` of torch.autograd.grad.
     """
     if len(x) < 1:
         raise ValueError("linear_recurrence: a sequence of at least one row is needed, got none")
@@ -174,7 +175,7 @@ class _LinearRecurrence(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         decay, _, initial, start, ctx.reverse = inputs
-        ctx.save_for_backward(decay, initial, start, output)
+        ctx.save_for_backward(decay, initial, start, output if ctx.needs_input_grad[0] else None)
 
     @staticmethod
     def backward(ctx, grad):
@@ -182,12 +183,12 @@ class _LinearRecurrence(torch.autograd.Function):
         first, last, shift = (-1, 0, 1) if ctx.reverse else (0, -1, -1)
         next_decay = decay.roll(shift, 0).conj().resolve_conj()
         next_start = None if start is None else start.roll(shift, 0)
-        if len(decay) == len(h):
+        if len(decay) == len(grad):
             next_decay[last] = 0  # nothing follows it; what was rolled there is the first row's decay, maybe NaN
         grad_x = _LinearRecurrence.run(next_decay, grad, torch.zeros_like(initial), next_start, not ctx.reverse)
         grad_initial, grad_decay = grad_x[first] * decay[first].conj(), None
         if start is not None:
-            grad_initial = torch.where(_expand(start, h)[first], 0, grad_initial)
+            grad_initial = torch.where(_expand(start, grad)[first], 0, grad_initial)
         if ctx.needs_input_grad[0]:
             previous = torch.cat((h[1:], initial[None]) if ctx.reverse else (initial[None], h[:-1]))  # h_{t-1}
             if start is not None:
@@ -269,7 +270,7 @@ class Cell(nn.Module):
 
     def initial_state(self, B):
         p = next(self.parameters())
-        dtype = p.dtype.to_complex() if self.is_complex else p.dtype
+        dtype = torch.promote_types(p.dtype, torch.complex32) if self.is_complex else p.dtype
         return torch.zeros(B, *self.state_shape, device=p.device, dtype=dtype)
 
     def forward(self, x, state, start):
@@ -296,6 +297,8 @@ class LRUCell(Cell):
 
     def __init__(self, d_model, d_state=128, horizon=1000, max_phase=2 * math.pi, min_horizon=1):
         super().__init__()
+        if min_horizon > horizon:
+            raise ValueError(f"LRU: min_horizon ({min_horizon}) must not exceed horizon ({horizon})")
         self.state_shape, self.is_complex = (d_state,), True
         self.nu_log = nn.Parameter(torch.empty(d_state).uniform_(-math.log(horizon), -math.log(min_horizon)))
         self.register_buffer("theta", max_phase * torch.rand(d_state))
@@ -307,7 +310,8 @@ class LRUCell(Cell):
     def lift(self, x):
         decay = torch.exp(-torch.exp(self.nu_log) + 1j * self.theta)
         B = torch.exp(self.gamma_log)[:, None, None] * self.B
-        return decay, torch.view_as_complex(F.linear(x, B.flatten(0, 1)).unflatten(-1, (-1, 2)))  # (N,), (T, B, N)
+        b = F.linear(x, B.flatten(0, 1)).to(B.dtype).unflatten(-1, (-1, 2))  # under autocast it is in half precision
+        return decay, torch.view_as_complex(b)  # (N,), (T, B, N)
 
     def readout(self, h, x):  # Re(C h) as one real product
         return torch.addcmul(F.linear(torch.view_as_real(h).flatten(-2), self.C.flatten(1)), self.D, x)
@@ -350,7 +354,7 @@ class S5Cell(Cell):
         Lambda, dt = torch.complex(-torch.exp(self.log_real), self.imag), torch.exp(self.log_dt)
         decay = torch.exp(Lambda * dt)
         B = torch.view_as_real((torch.expm1(Lambda * dt) / Lambda)[:, None] * torch.complex(*self.B.unbind(1)))
-        b = F.linear(x, B.transpose(1, 2).flatten(0, 1)).unflatten(-1, (-1, 2))
+        b = F.linear(x, B.transpose(1, 2).flatten(0, 1)).to(B.dtype).unflatten(-1, (-1, 2))
         return decay, torch.view_as_complex(b)  # (N,), (T, B, N)
 
     def readout(self, h, x):
@@ -415,7 +419,8 @@ class LinearTransformerCell(Cell):
         self.register_buffer("omega", F.pad(omega[..., None].repeat(1, 1, d_value), (0, 1)))  # state_shape
 
     def lift(self, x):
-        k = torch.view_as_complex((F.elu(self.key(x)) + 1).unflatten(-1, (self.num_heads, -1, 2)))  # pairs
+        k = F.elu(self.key(x).to(self.key.weight.dtype)) + 1
+        k = torch.view_as_complex(k.unflatten(-1, (self.num_heads, -1, 2)))  # pairs
         v = F.pad(self.value(x).unflatten(-1, (self.num_heads, -1)), (0, 1), value=1.0)  # (T, B, heads, d_value + 1)
         return torch.exp(-1j * self.omega), k[..., :, None] * v[..., None, :]
 
@@ -453,7 +458,9 @@ class MinGRUCell(Cell):
 
 
 class GRUCell(nn.Module):
-    """`torch.nn.GRU`, a baseline that is not a monoid: a loop over time, as long as the longest episode."""
+    """`torch.nn.GRU`, a baseline that is not a monoid: a loop over time, as long as the longest episode. It pads the
+    others to that length, so memory is O(longest episode x number of episodes).
+    """
 
     def __init__(self, d_model, d_state=128):
         super().__init__()
@@ -491,6 +498,8 @@ class Memory(nn.Module):
         (T, B, d_model), the state after row T-1. A row whose start is True sees the initial state instead of what came
         before it, NaN included. All rows at once, one row at a time with the state carried over, or any other split
         give the same y. Raises ValueError if the shape of start or the state's batch size or number of layers is wrong.
+    Mixed precision: torch.autocast to bfloat16. Parameters in bfloat16 cannot express decays near 1, and in float16 the
+        sums of the linear transformer overflow after some 3,000 rows.
     """
 
     def __init__(self, d_model, cells):
@@ -555,7 +564,7 @@ def _recur(decay: Tensor, x: Tensor, initial: Tensor, start: Tensor | None, reve
 
 
 # torch.compile cannot fuse a loop over time of complex numbers: for it, the recurrence is one operator
-_recur_op = torch.library.custom_op("monoids::recur", _recur, mutates_args=())
+_recur_op = torch.library.custom_op(f"{__name__.replace('.', '_')}::recur", _recur, mutates_args=())
 _recur_op.register_fake(lambda decay, x, initial, start, reverse: x.new_empty(x.shape))
 
 

@@ -6,6 +6,7 @@ test_triton.py uses the helpers too.
 
 import copy
 import functools
+import importlib.util
 import math
 import pickle
 
@@ -217,6 +218,12 @@ def test_scan_has_linear_work_and_logarithmic_depth(T, reverse):
 def test_scan_of_no_rows_is_refused(reverse):
     with pytest.raises(ValueError, match="at least one row"):
         scan(Affine(), (torch.ones(0, 2), torch.ones(0, 2)), reverse)
+
+
+@pytest.mark.parametrize("elements", [(torch.ones(1), torch.ones(5)), ((torch.ones(5), torch.ones(5)), torch.ones(2))])
+def test_scan_of_different_lengths_is_refused(elements):
+    with pytest.raises(ValueError, match="of one length"):
+        scan(Affine(), elements)
 
 
 @each_monoid
@@ -833,6 +840,8 @@ def test_memory_compiles_without_graph_breaks(name):
     compiled = torch.compile(memory, backend="aot_eager", fullgraph=True, dynamic=False)
     inputs = [x, *leaves(state), *memory.parameters()]
     same(compiled(x, state, start), memory(x, state, start), inputs)
+    begin = lambda x: memory(x, memory.initial_state(3), start)
+    same(torch.compile(begin, backend="aot_eager", fullgraph=True)(x), begin(x), inputs[:1])
 
 
 @pytest.mark.parametrize("name", AFFINE)
@@ -882,6 +891,40 @@ def test_memory_under_autocast_and_in_the_default_dtype(name):
         torch.set_default_dtype(torch.float32)
 
 
+class CudaAutocast(torch.overrides.TorchFunctionMode):
+    """What autocast does on a GPU, whose list of operators that take float32 is shorter than a CPU's."""
+
+    to_half, to_float = (F.linear, torch.matmul, torch.Tensor.matmul), (torch.addcmul, F.layer_norm)
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        dtype = torch.bfloat16 if f in self.to_half else torch.float32 if f in self.to_float else None
+        if dtype and "out" not in (kwargs or {}):
+            args = [x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+        return f(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["lru", "s5", "ffm", "linear_transformer", "mingru"])
+def test_memory_under_autocast_on_a_gpu(name):
+    memory, x, start = memory_of(name, torch.float32), torch.randn(300, 2, D), starts(300, 2)
+    y, _ = memory(x, memory.initial_state(2), start)
+    with CudaAutocast():
+        y16, _ = memory(x, memory.initial_state(2), start)
+        y16.float().square().sum().backward()
+    assert_close(y16.float(), y, rtol=0.1, atol=0.1)
+    assert all(p.grad.isfinite().all() for p in memory.parameters())
+
+
+def test_what_the_backward_pass_needs_is_saved():
+    """h, for the gradient of the decay only."""
+    sizes, x = [], torch.randn(100, 7, requires_grad=True)
+    for decay in (torch.rand(7), torch.rand(7, requires_grad=True)):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+            linear_recurrence(decay, x)
+        sizes.append(sum(saved))
+    assert sizes[0] < 100 and 700 <= sizes[1] < 800
+
+
 def test_memory_copied_into_a_project():
     """pickle, torch.export with fixed shapes; and what does not work raises an error that names it."""
     memory, gru = memory_of("lru", torch.float32), memory_of("gru", torch.float32)
@@ -890,6 +933,9 @@ def test_memory_copied_into_a_project():
     y, _ = memory(*inputs)
     assert_close(pickle.loads(pickle.dumps(memory))(*inputs)[0], y)
     assert_close(torch.export.export(memory, inputs).module()(*inputs)[0], y)
+    spec = importlib.util.spec_from_file_location("package.monoids", monoids.__file__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))  # a second copy, whose operator has its own name
+    assert torch.ops.package_monoids.recur and torch.ops.monoids.recur
     with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(lambda x: memory(x, *inputs[1:])[0], (x,), (x,))
     with pytest.raises(Exception, match="You marked T as dynamic"):
