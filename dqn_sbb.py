@@ -41,10 +41,10 @@ class Args:
     cuda: bool = True
     """whether to train on a GPU if there is one"""
     compile: bool = False
-    """compile the networks for updates, into CUDA graphs on a GPU"""
-    resume: str = ""
+    """compile the networks for updates, into CUDA graphs on a GPU; needs a C++ compiler"""
+    resume: str | None = None
     """continue the run of this checkpoint in its directory; its arguments are the defaults"""
-    evaluate: str = ""
+    evaluate: str | None = None
     """evaluate this checkpoint instead of training; its arguments are the defaults"""
     capture_video: bool = False
     """with --evaluate: record the first episode to videos/"""
@@ -145,7 +145,7 @@ def make_envs(args, num_envs, video=False):
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     except Exception as error:  # an environment can raise anything
         hint = "an id may name its module, module:MyEnv-v0; observations of other spaces need an ObservationWrapper"
-        fail(f"--env-id {args.env_id}: {str(error) or type(error).__name__} ({hint})")
+        fail(f"--env-id {args.env_id}: {type(error).__name__}: {' '.join(str(error).split())} ({hint})")
 
 
 class Rows(NamedTuple):
@@ -183,7 +183,7 @@ def collect(envs, network, act, seed):
         inputs = (torch.as_tensor(x, device=device)[None] for x in (obs, action, start))
         action, state = act(network, *inputs, state)
         action = action.cpu().numpy()
-        action[done] = 0  # in an episode's last row, and in those that are dropped
+        action[done] = 0  # in the row of a final observation, and in rows that are dropped
         next_obs, reward, terminated, truncated, _ = envs.step(action)
         reward = reward.astype(np.float32)
         steps.append((obs, action, reward, terminated, start))
@@ -302,7 +302,7 @@ def evaluate(envs, q_network, args):
 if __name__ == "__main__":
     args, saved, script = tyro.cli(Args, description=__doc__), None, os.path.basename(__file__)
     try:
-        if path := args.resume or args.evaluate:
+        if (path := args.resume if args.evaluate is None else args.evaluate) is not None:
             saved = torch.load(path, map_location="cpu", weights_only=True)  # safe to load untrusted files
             if saved["script"] != script:
                 fail(f"{path} is a checkpoint of {saved['script']}")
@@ -314,14 +314,14 @@ if __name__ == "__main__":
             args.memory_kwargs = defaults.memory_kwargs | args.memory_kwargs
         args.check()
     except Exception as error:  # a damaged file can raise anything
-        fail(f"{path} is not a complete checkpoint of {script} ({type(error).__name__})")
+        fail(f"{path!r} is not a complete checkpoint of {script} ({type(error).__name__})")
     torch.set_num_threads(torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else 1)  # tensors are small
     torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freeing it raises glibc's mmap threshold (mallopt(3)): 10% faster
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)  # environments may use any
     envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes, args.capture_video)
     run_name = f"{args.env_id}__{args.exp_name}__{'_'.join(args.memory)}__{args.seed}__{int(time.time())}_{os.getpid()}"
-    path = path or f"runs/{run_name.replace('/', '_')}/checkpoint.pt"
+    path = path or f"runs/{run_name.replace('/', '_').replace(':', '_')}/checkpoint.pt"
     try:
         q_network = QNetwork(envs, args).to(device)
         target_network = copy.deepcopy(q_network)
@@ -338,7 +338,7 @@ if __name__ == "__main__":
         fail(f"{path if saved else 'cannot start'}: {' '.join(str(error).split())[:300]}")  # arguments, shapes, no room
     compiled = partial(torch.compile, mode="reduce-overhead", dynamic=False, recompile_limit=64)  # once for each size
     networks = [compiled(x) if args.compile else x for x in (q_network, target_network)]
-    if finished := (bool(args.evaluate) or global_step >= args.total_timesteps):
+    if finished := args.evaluate or global_step >= args.total_timesteps:
         returns = evaluate(eval_envs, q_network, args)
         eval_envs.close()  # writes the video
         eval_return = returns.mean().item()
@@ -378,7 +378,7 @@ if __name__ == "__main__":
             if finished or evaluated:
                 writer.flush()
                 counters = (iteration, global_step, next_update, eval_return, seconds)
-                checkpoint = {"script": script, "args": vars(args) | {"resume": ""}, "counters": counters}
+                checkpoint = {"script": script, "args": vars(args) | {"resume": None}, "counters": counters}
                 checkpoint["learners"] = {name: learner.state_dict() for name, learner in learners.items()}
                 with open(f"{path}.tmp", "wb") as file:
                     torch.save(checkpoint, file)

@@ -213,8 +213,8 @@ def test_invalid_checkpoint_is_refused(script, flag, play, trained, tmp_path):
         before = contents(tmp_path)
         assert_refused(play(script, flag, path), str(path), "other.py" if kind == "other script" else "")
         assert contents(tmp_path) == before and not (tmp_path / "it_ran").exists(), kind
-    for nowhere in ("nowhere.pt", "."):
-        assert_refused(play(script, flag, nowhere), nowhere)
+    for nowhere in ("nowhere.pt", ".", ""):  # "": of a variable that is not set
+        assert_refused(play(script, flag, nowhere), f"'{nowhere}'")
 
 
 @each_script
@@ -300,6 +300,7 @@ def test_arguments_that_exclude_each_other_are_refused(script, play, trained, tm
 def test_memory_kwargs_reach_the_memory_and_its_checkpoint(script, play, tmp_path):
     for wrong in ("horizn 3", "horizon 0", "d_state -3"):
         assert_refused(play(script, *flags(script), "--memory-kwargs", *wrong.split()))
+    assert_refused(play(script, *flags(script), *"--memory-kwargs min_horizon 5000".split()), "must not exceed horizon")
     assert_refused(play(script, *flags(script), *"--memory s5 --memory-kwargs blocks 0".split()))
     assert not [*tmp_path.iterdir()]
     play(script, *flags(script), *"--memory-kwargs horizon 5000 d_state 12 num_layers 1".split())
