@@ -51,6 +51,7 @@ MEMORIES |= {"gru": "GRU", "none": "none", "": "LSTM"}
 VARIANTS = {"": "", "sensitivity": "", "authors_next_value": ", authors' next value"}
 VARIANTS |= {"cut_last_episode": ", last episode cut", "prioritised": ", prioritised replay"}
 VARIANTS |= {"no_previous_action": ", no previous action", "burn_in": ", burn-in", "separate_memories": ", separate"}
+VARIANTS |= {"large_batch": ", batches of 1,000"}
 
 IN_README = ["RepeatPreviousMedium", "RepeatPreviousHard", "RepeatFirstHard", "CountRecallEasy", "HigherLowerEasy"]
 IN_README += ["MultiarmedBanditEasy", "PositionOnlyCartPoleHard", "NoisyPositionOnlyCartPoleEasy", "AutoencodeEasy"]
@@ -188,13 +189,13 @@ def panels(rows, columns, width, height, **kwargs):
 
 
 def save(figure, title, folder, name):
-    """Below the figure stands a legend of all its labels."""
+    """Above the panels stand the title and a legend of all their labels."""
     width = figure.get_figwidth()
-    title = "\n".join(textwrap.fill(line, int(14 * width)) for line in title.split("\n"))
-    figure.suptitle(title, fontsize=10)
+    title = "\n".join(textwrap.fill(line, int(13 * width)) for line in title.split("\n"))
     labels = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels())}
     columns = min(len(labels), max(1, int(width / max(1.6, 0.5 + 0.065 * max(map(len, labels))))))
-    figure.legend(labels.values(), labels, loc="outside lower center", ncols=columns, fontsize=8)
+    style = {"ncols": columns, "fontsize": 8, "title_fontsize": 10, "frameon": False}
+    figure.legend(labels.values(), labels, loc="outside upper center", title=title, **style).get_title().set_ha("center")
     (folder / "figures").mkdir(exist_ok=True)
     figure.savefig(path := folder / "figures" / f"{name}.png", dpi=130)
     plt.close(figure)
@@ -263,6 +264,7 @@ def curves(runs, axis, xlabel, label, columns="task", rows=None, xscale="linear"
 
 def sample_efficiency(runs, folder):
     """Best and worst segment length are those of the mean over tasks, selected with knowledge of the results."""
+    runs = [run for run in runs if not run["variant"]]
     figure = curves(runs, "step", "environment steps", "method", columns="memory", rows="task")
     title = f"Return of greedy episodes\n{SPREAD}, {seeds(runs)}"
     save(figure, title, folder, "sample_efficiency_curves")
@@ -292,7 +294,8 @@ def sample_efficiency(runs, folder):
         draw_bars(ax, memories, series)
         ax.set_title(name, fontsize=9)
     axes[0, 0].set_ylabel("normalised return (0: random actions)")
-    title = f"Mean over {', '.join(unique(runs, 'task'))}\n{SPREAD}, {seeds(even)}"
+    budgets = [int(run["total_timesteps"]) for run in even]
+    title = f"DQN, {min(budgets):,} to {max(budgets):,} steps, {len(tasks)} tasks of POPGym\n{SPREAD}, {seeds(even)}"
     save(figure, title, folder, "sample_efficiency")
     write(table, even, folder, "sample_efficiency", across="batches")
 
@@ -329,7 +332,7 @@ def sensitivity(runs, folder):
             for ax, (method, (steps, x)) in zip(row, maps.items()):
                 ages = np.arange(x.shape[1])
                 mesh = ax.pcolormesh(ages, steps, x, norm=norm, cmap="magma", shading="nearest", rasterized=True)
-                figure.colorbar(mesh, ax=ax)
+                figure.colorbar(mesh, ax=ax, label="norm of the gradient")
                 ax.set_title(f"{memory}, {method}", fontsize=9)
             row[0].set_ylabel("environment steps")
             row[-1].set_title(f"{memory}, end of training", fontsize=9)
@@ -339,7 +342,7 @@ def sensitivity(runs, folder):
                 ax.set_xlabel("age of the observation")
                 ax.axvline(L - 0.5, color="black" if ax is row[-1] else "white", linestyle="--", linewidth=1)
         title = f"{task}: norm of dQ(s_n, a_n) / do_i by age n - i; dashed line: segment length of SBB\n"
-        title += f"heat maps: mean over {seeds(of_task)}, a scale for each row; right: {SPREAD}"
+        title += f"heat maps: mean over {seeds(of_task)}, a scale for each memory; right: {SPREAD}"
         save(figure, title, folder, f"sensitivity_{task}")
     write(table, runs, folder, "sensitivity", across="method")
 
@@ -368,7 +371,7 @@ def batch_statistics(task, length):
 
 def padding(runs, folder):
     """From the runs of sample_efficiency: which share of SBB's batches was padding, over all of training."""
-    runs = [run for run in runs if run["segment_length"]]
+    runs = [run for run in runs if run["segment_length"] and not run["variant"]]
     labels = ["share of a batch", "largest shift of a mean\n(standard deviations)", "std with padding / without"]
     series, table = [{name: [] for name in unique(runs, "method")} for _ in labels], []
     for (task, method), some in grouped(runs, "task", "method").items():
@@ -388,6 +391,19 @@ def padding(runs, folder):
     title += "\nbelow: how it changes statistics over a batch of observations, from 64 random episodes"
     save(figure, title, folder, "padding")
     write(table, runs, folder, "padding", across="method")
+
+
+def large_batch(runs, folder):
+    """From the runs of sample_efficiency: TBB, and SBB with and without batches that make up for the padding."""
+    lengths = {"", *(run["segment_length"] for run in runs if run["variant"])}
+    runs = [run | {"batches": run["method"] + VARIANTS[run["variant"]]} for run in runs]
+    runs = [run for run in runs if run["segment_length"] in lengths]
+    table = [
+        {"score": score, "memory": memory, "batches": name, "value": over_tasks(normalised(score), some)}
+        for score in SCORES
+        for (memory, name), some in grouped(runs, "memory", "batches").items()
+    ]
+    write(table, runs, folder, "large_batch", across="batches")
 
 
 def wall_clock(runs, folder):
@@ -443,7 +459,7 @@ def compare(runs, folder, name, column, title):
         ax.grid(axis="x", alpha=0.3)
     axes[0, 0].set_yticks(range(len(labels)), labels)
     axes[0, 0].invert_yaxis()
-    save(figure, f"{title}\n{SPREAD}, {seeds(runs)}", folder, name)
+    save(figure, f"{title}; axes differ\n{SPREAD}, {seeds(runs)}", folder, name)
     write(table, runs, folder, name, across="task")
 
 
@@ -500,8 +516,9 @@ def family_curves(runs, folder, name, levels="Easy|Medium|Hard"):
 
 
 def continuous(runs, folder, name, *levels):
-    """Stable-Baselines3's SAC has no memory."""
-    memory = lambda run: "none" if run["script"] == "sb3_sac" else run["memory"] + VARIANTS[run["variant"]]
+    """Stable-Baselines3's SAC has no memory; that of ours is a short one on MuJoCo."""
+    short = lambda run: ", short" * ("horizon" in run["run"])
+    memory = lambda run: "none" if run["script"] == "sb3_sac" else run["memory"] + VARIANTS[run["variant"]] + short(run)
     runs = [run | {"memory": memory(run)} for run in runs]
     family_curves(labelled(runs), folder, name, *levels)
     defaults(runs, folder, name, order=None, page="sac.md")
@@ -578,9 +595,10 @@ def aggregate(runs, labels, folder):
     figure, axes = panels(1, 1, 3 * len(shared) + 2, 3.5)
     draw_bars(axes[0, 0], shared, series)
     axes[0, 0].set_ylabel("normalised return (0: random actions)")
-    title = f"Interquartile mean over tasks and seeds, and 95% bootstrap interval\n{seeds(even)}"
+    shown = [run for run in even if run["label"] in series]
+    title = f"Interquartile mean over tasks and seeds, and 95% bootstrap interval\n{seeds(shown)}"
     save(figure, title, folder, "popgym")
-    write(table, even, folder, "popgym_aggregate", across="tasks", page="popgym.md")
+    write(table, shown, folder, "popgym_aggregate", across="tasks", page="popgym.md")
 
 
 def returns(rows, folder):
@@ -603,8 +621,9 @@ def returns(rows, folder):
     save(figure, title, folder, "returns")
 
 
-EXPERIMENTS = [sample_efficiency, sensitivity, padding, wall_clock, returns, recall, ablations, memories, defaults]
-EXPERIMENTS += [t_maze, sac, mujoco, popgym]
+EXPERIMENTS = [sample_efficiency, sensitivity, padding, large_batch, wall_clock, returns, recall, ablations, memories]
+EXPERIMENTS += [defaults, t_maze, sac, mujoco, popgym]
+OF_OTHERS = {"padding": "sample_efficiency", "large_batch": "sample_efficiency"}  # whose results they are drawn from
 
 
 def main():
@@ -617,7 +636,7 @@ def main():
     if wrong := set(args.names) - set(names):
         parser.error(f"{' '.join(wrong)}: there are {', '.join(names)}")
     for name in args.names or names:
-        path = args.results / f"{'sample_efficiency' if name == 'padding' else name}.csv"
+        path = args.results / f"{OF_OTHERS.get(name, name)}.csv"
         if name == "returns":
             path = ROOT / "benchmarks" / path.name
         if rows := read(path) if path.exists() else []:

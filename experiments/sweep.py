@@ -143,7 +143,9 @@ LRU = dict(script=[TBB], task=TASKS, memory=["lru"], flags=SMALL)
 EXPERIMENTS = {
     "sample_efficiency": [
         dict(script=[TBB], task=TASKS, memory=MONOIDS, flags=SMALL),
-        dict(script=[SBB], task=TASKS, memory=MONOIDS, segment_length=LENGTHS, flags=SMALL),
+        dict(script=[SBB], task=TASKS, memory=MONOIDS, segment_length=LENGTHS[-1:], variant=["", "large_batch"])
+        | dict(flags=SMALL),
+        dict(script=[SBB], task=TASKS, memory=MONOIDS, segment_length=LENGTHS[:-1], flags=SMALL),
     ],
     "sensitivity": [
         dict(script=[TBB], task=FAR | NEAR, memory=MONOIDS, variant=["sensitivity"], flags=SMALL),
@@ -206,6 +208,7 @@ SMOKE_MORE |= {SBB: SMOKE_MORE[TBB], SAC: SMOKE_MORE[TBB], RECURRENT_PPO: ["--nu
 
 # A variant of a script is more flags, or the patch experiments/variants/NAME.patch
 FLAGS = {"no_previous_action": ["--no-previous-action"], "burn_in": ["--burn-in", "10"]}
+FLAGS |= {"large_batch": ["--batch-size", "1000"]}  # half of it is padding
 
 
 # ---------------------------------------------------------------------------------------------------------------------
