@@ -195,7 +195,8 @@ def save(figure, title, folder, name):
     labels = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels())}
     columns = min(len(labels), max(1, int(width / max(1.6, 0.5 + 0.065 * max(map(len, labels))))))
     style = {"ncols": columns, "fontsize": 8, "title_fontsize": 10, "frameon": False}
-    figure.legend(labels.values(), labels, loc="outside upper center", title=title, **style).get_title().set_ha("center")
+    legend = figure.legend(labels.values(), labels, loc="outside upper center", title=title, **style)
+    legend.get_title().set_ha("center")
     (folder / "figures").mkdir(exist_ok=True)
     figure.savefig(path := folder / "figures" / f"{name}.png", dpi=130)
     plt.close(figure)
@@ -263,8 +264,10 @@ def curves(runs, axis, xlabel, label, columns="task", rows=None, xscale="linear"
 
 
 def sample_efficiency(runs, folder):
-    """Best and worst segment length are those of the mean over tasks, selected with knowledge of the results."""
-    runs = [run for run in runs if not run["variant"]]
+    """Best and worst segment length are those of the mean over tasks, selected with knowledge of the results; beside
+    them stand larger batches, which make up for padding.
+    """
+    runs = [run | {"method": run["method"] + VARIANTS[run["variant"]]} for run in runs]
     figure = curves(runs, "step", "environment steps", "method", columns="memory", rows="task")
     title = f"Return of greedy episodes\n{SPREAD}, {seeds(runs)}"
     save(figure, title, folder, "sample_efficiency_curves")
@@ -277,21 +280,23 @@ def sample_efficiency(runs, folder):
     for some in grouped(runs, "memory", "method").values():
         even += some * ({*unique(some, "task")} == tasks)
     memories = {memory: some for (memory,), some in grouped(even, "memory").items()}
-    memories = {memory: some for memory, some in memories.items() if {"TBB"} < {*unique(some, "method")}}
+    lengths = lambda some: {run["method"] for run in some if run["segment_length"] and not run["variant"]}
+    memories = {memory: some for memory, some in memories.items() if lengths(some) and "TBB" in unique(some, "method")}
     if not memories:
         return
     figure, axes = panels(1, len(SCORES), 5.5, 3.5, sharey=True)
     table = []
     for ax, name in zip(axes[0], SCORES):
-        series = {"TBB": [], "SBB, best segment length L": [], "SBB, worst segment length L": []}
+        series = {}
         for memory, some in memories.items():
             found = {m: over_tasks(normalised(name), group) for (m,), group in grouped(some, "method").items()}
-            lengths = sorted((m for m in found if m != "TBB"), key=lambda m: found[m][0])
-            for label, m in zip(series, ("TBB", lengths[-1], lengths[0])):
-                series[label].append(found[m])
-                remark = [f"({m.removeprefix('SBB, ')})"] * (m != "TBB")
+            ranked = sorted(lengths(some), key=lambda m: found[m][0])
+            chosen = {"TBB": "TBB", "SBB, best segment length L": ranked[-1], "SBB, worst segment length L": ranked[0]}
+            for label, m in (chosen | {m: m for m in found if m not in ranked}).items():
+                series.setdefault(label, []).append(found[m])
+                remark = [f"({m.removeprefix('SBB, ')})"] * (label != m)
                 table.append({"score": name, "memory": memory, "batches": label, "value": (*found[m], *remark)})
-        draw_bars(ax, memories, series)
+        draw_bars(ax, memories, {label: bars for label, bars in series.items() if len(bars) == len(memories)})
         ax.set_title(name, fontsize=9)
     axes[0, 0].set_ylabel("normalised return (0: random actions)")
     budgets = [int(run["total_timesteps"]) for run in even]
@@ -391,19 +396,6 @@ def padding(runs, folder):
     title += "\nbelow: how it changes statistics over a batch of observations, from 64 random episodes"
     save(figure, title, folder, "padding")
     write(table, runs, folder, "padding", across="method")
-
-
-def large_batch(runs, folder):
-    """From the runs of sample_efficiency: TBB, and SBB with and without batches that make up for the padding."""
-    lengths = {"", *(run["segment_length"] for run in runs if run["variant"])}
-    runs = [run | {"batches": run["method"] + VARIANTS[run["variant"]]} for run in runs]
-    runs = [run for run in runs if run["segment_length"] in lengths]
-    table = [
-        {"score": score, "memory": memory, "batches": name, "value": over_tasks(normalised(score), some)}
-        for score in SCORES
-        for (memory, name), some in grouped(runs, "memory", "batches").items()
-    ]
-    write(table, runs, folder, "large_batch", across="batches")
 
 
 def wall_clock(runs, folder):
@@ -621,9 +613,8 @@ def returns(rows, folder):
     save(figure, title, folder, "returns")
 
 
-EXPERIMENTS = [sample_efficiency, sensitivity, padding, large_batch, wall_clock, returns, recall, ablations, memories]
-EXPERIMENTS += [defaults, t_maze, sac, mujoco, popgym]
-OF_OTHERS = {"padding": "sample_efficiency", "large_batch": "sample_efficiency"}  # whose results they are drawn from
+EXPERIMENTS = [sample_efficiency, sensitivity, padding, wall_clock, returns, recall, ablations, memories, defaults]
+EXPERIMENTS += [t_maze, sac, mujoco, popgym]
 
 
 def main():
@@ -636,7 +627,7 @@ def main():
     if wrong := set(args.names) - set(names):
         parser.error(f"{' '.join(wrong)}: there are {', '.join(names)}")
     for name in args.names or names:
-        path = args.results / f"{OF_OTHERS.get(name, name)}.csv"
+        path = args.results / f"{'sample_efficiency' if name == 'padding' else name}.csv"
         if name == "returns":
             path = ROOT / "benchmarks" / path.name
         if rows := read(path) if path.exists() else []:

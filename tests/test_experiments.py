@@ -538,7 +538,7 @@ def test_every_experiment_gives_its_figures_and_tables(sweep, smoke):
     names |= {f"sensitivity_{run.task}" for run in sweep.runs_of("sensitivity", [1], smoke=True)}
     assert {path.stem for path in (smoke.parent / "figures").iterdir()} == names
     tables = [x.split("<!-- end -->")[0] for page in pages for x in page.read_text().split("<!-- table: ")[1:]]
-    assert len(tables) == 19 and all(table.count("\n|") > 2 for table in tables)
+    assert len(tables) == 18 and all(table.count("\n|") > 2 for table in tables)
 
 
 def test_popgym_plays_every_task_seed_by_seed(sweep):
@@ -674,43 +674,25 @@ def test_seeds_that_not_all_tasks_have_do_not_count(sweep, tmp_path):
 
 
 def test_best_and_worst_segment_length(sweep, tmp_path):
+    """Larger batches stand beside them, and are not the best."""
     import plot
 
-    returns = {("dqn_tbb.py", ""): 0.4, ("dqn_sbb.py", 10): 0.1, ("dqn_sbb.py", 20): 0.6}  # at the end; 0 before
+    returns = {("dqn_tbb.py", "", ""): 0.4, ("dqn_sbb.py", 10, ""): 0.1, ("dqn_sbb.py", 20, ""): 0.6}
+    returns |= {("dqn_sbb.py", 20, "large_batch"): 0.7}  # at the end; 0 before
     with open(tmp_path / "sample_efficiency.csv", "w") as file:
-        for (script, length), x in returns.items():
-            columns = sweep.Run(script, "RepeatPreviousEasy", "lru", length, total_timesteps=2000).columns
+        for (script, *how), x in returns.items():
+            columns = sweep.Run(script, "RepeatPreviousEasy", "lru", *how, total_timesteps=2000).columns
             steps = [columns | dict(step=1000 * k, seconds=k, eval_return=x * (k - 1)) for k in (1, 2)]
             sweep.append(file, steps)
     page = tmp_path / "README.md"
     page.write_text("<!-- table: sample_efficiency -->\n<!-- end -->\n")
     plot.sample_efficiency(plot.runs_of(plot.read(tmp_path / "sample_efficiency.csv")), tmp_path)
     low = plot.POPGYM["RepeatPreviousEasy"]
+    assert "| SBB, L = 20, batches of 1,000 |\n" in page.read_text()
     for name, scale in ("final return", 1), ("mean return over training", 0.5):
-        tbb, worst, best = (f"{(scale * x - low) / (1 - low):.2f}" for x in returns.values())
-        assert f"| {name} | LRU | {tbb} | {best} (L = 20) | {worst} (L = 10) |" in page.read_text()
+        tbb, worst, best, large = (f"{(scale * x - low) / (1 - low):.2f}" for x in returns.values())
+        assert f"| {name} | LRU | {tbb} | {best} (L = 20) | {worst} (L = 10) | {large} |" in page.read_text()
     assert "Seeds 1.\n" in page.read_text()
-
-
-def test_batches_that_make_up_for_padding(sweep, tmp_path):
-    """Stand beside those of the same segment length, and are not among the segment lengths of sample_efficiency()."""
-    import plot
-
-    returns = {("dqn_tbb.py", "", ""): 0.4, ("dqn_sbb.py", 50, ""): 0.1, ("dqn_sbb.py", 100, ""): 0.2}
-    returns |= {("dqn_sbb.py", 100, "large_batch"): 0.3}
-    with open(tmp_path / "sample_efficiency.csv", "w") as file:
-        for (script, *how), x in returns.items():
-            columns = sweep.Run(script, "RepeatPreviousEasy", "lru", *how, total_timesteps=2000).columns
-            sweep.append(file, [columns | dict(step=2000, seconds=1, eval_return=x)])
-    page, runs = tmp_path / "README.md", plot.runs_of(plot.read(tmp_path / "sample_efficiency.csv"))
-    page.write_text("<!-- table: sample_efficiency -->\n<!-- end -->\n<!-- table: large_batch -->\n<!-- end -->\n")
-    plot.sample_efficiency(runs, tmp_path)
-    plot.large_batch(runs, tmp_path)
-    low = plot.POPGYM["RepeatPreviousEasy"]
-    tbb, worst, best, large = (f"{(x - low) / (1 - low):.2f}" for x in returns.values())
-    assert f"| final return | LRU | {tbb} | {best} (L = 100) | {worst} (L = 50) |" in page.read_text()
-    assert "| TBB | SBB, L = 100 | SBB, L = 100, batches of 1,000 |" in page.read_text()
-    assert f"| final return | LRU | {tbb} | {best} | {large} |" in page.read_text()
 
 
 def test_share_of_sensitivity_beyond_the_segment(sweep, tmp_path):
