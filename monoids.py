@@ -115,7 +115,7 @@ def scan(monoid, elements, reverse=False):
     tree_map(lambda x: lengths.add(len(x)), elements)
     T, *others = lengths
     if T < 1 or others:
-        raise ValueError(f"scan: sequences of one length of at least one row are needed, not of {lengths}")
+        raise ValueError(f"scan: all elements must have the same length, at least one row; here {sorted(lengths)}")
     if T == 1:
         return elements
     rows = lambda tree, *index: tree_map(lambda x: x[slice(*index)], tree)

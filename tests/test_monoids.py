@@ -222,7 +222,7 @@ def test_scan_of_no_rows_is_refused(reverse):
 
 @pytest.mark.parametrize("elements", [(torch.ones(1), torch.ones(5)), ((torch.ones(5), torch.ones(5)), torch.ones(2))])
 def test_scan_of_different_lengths_is_refused(elements):
-    with pytest.raises(ValueError, match="of one length"):
+    with pytest.raises(ValueError, match="the same length"):
         scan(Affine(), elements)
 
 
