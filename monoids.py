@@ -310,7 +310,7 @@ class LRUCell(Cell):
     def lift(self, x):
         decay = torch.exp(-torch.exp(self.nu_log) + 1j * self.theta)
         B = torch.exp(self.gamma_log)[:, None, None] * self.B
-        b = F.linear(x, B.flatten(0, 1)).to(B.dtype).unflatten(-1, (-1, 2))  # under autocast it is in half precision
+        b = F.linear(x, B.flatten(0, 1)).to(B.dtype).unflatten(-1, (-1, 2))  # autocast gives bfloat16, never complex
         return decay, torch.view_as_complex(b)  # (N,), (T, B, N)
 
     def readout(self, h, x):  # Re(C h) as one real product
@@ -563,7 +563,8 @@ def _recur(decay: Tensor, x: Tensor, initial: Tensor, start: Tensor | None, reve
     return (b + torch.where(started, 0, a * initial)).contiguous()
 
 
-# torch.compile cannot fuse a loop over time of complex numbers: for it, the recurrence is one operator
+# torch.compile cannot fuse a loop over time of complex numbers: for it, the recurrence is one operator, named after this
+# module, as a program may import two copies
 _recur_op = torch.library.custom_op(f"{__name__.replace('.', '_')}::recur", _recur, mutates_args=())
 _recur_op.register_fake(lambda decay, x, initial, start, reverse: x.new_empty(x.shape))
 
