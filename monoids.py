@@ -563,8 +563,8 @@ def _recur(decay: Tensor, x: Tensor, initial: Tensor, start: Tensor | None, reve
     return (b + torch.where(started, 0, a * initial)).contiguous()
 
 
-# torch.compile cannot fuse a loop over time of complex numbers: for it, the recurrence is one operator, named after this
-# module, as a program may import two copies
+# torch.compile cannot fuse a loop over time of complex numbers: for it, the recurrence is one operator, named after the
+# module, as a program may import two copies of it
 _recur_op = torch.library.custom_op(f"{__name__.replace('.', '_')}::recur", _recur, mutates_args=())
 _recur_op.register_fake(lambda decay, x, initial, start, reverse: x.new_empty(x.shape))
 
