@@ -63,8 +63,8 @@ EASY_GAMES = ["HigherLowerEasy", "MineSweeperEasy", "BattleshipEasy"]
 CONTROL = ["PositionOnlyCartPoleEasy", "NoisyPositionOnlyCartPoleEasy", "PositionOnlyPendulumEasy"]
 POPGYM = [name[len("popgym-") : -len("-v0")] for name in gym.registry if name.startswith("popgym-")]  # Easy first
 POPGYM = [task for task in POPGYM if "Labyrinth" not in task]  # only with mazelib
-DISCRETE = [task for task in POPGYM if "Pendulum" not in task]
 HIDDEN = [task for task in POPGYM if "Only" in task]  # control with hidden velocities or positions
+CARTPOLES = [task for task in HIDDEN if "Pendulum" not in task]  # those with discrete actions
 MINES = [task for task in POPGYM if "MineSweeper" in task]  # episodes of six or seven steps with random actions
 BANDITS = [task for task in POPGYM if "Bandit" in task]  # episodes of 200 to 600 steps
 GAMES = [task for task in POPGYM if task.startswith(("Battle", "Concentration"))]
@@ -82,7 +82,8 @@ HALF = ["--d-model", "64"]  # hundreds of runs: half the width, a third of the t
 SMALL = [*HALF, "--learning-rate", "1e-3"]
 IMMEDIATE = ["--gamma", "0"]  # an action changes only its own reward
 SHORT = ["--gae-lambda", "0.5"]
-SHORTER = ["--gamma", "0.5", *SHORT]
+HALVED = ["--gamma", "0.5"]
+SHORTER = [*HALVED, *SHORT]
 ONE_EACH = ["--num-minibatches", "16"]  # one episode in each minibatch of PPO
 FEW = ["--num-envs", "4", "--num-minibatches", "4"]  # likewise, but four times as many iterations: long episodes
 MANY = ["--num-envs", "128"]  # where episodes have a handful of steps
@@ -181,9 +182,12 @@ EXPERIMENTS = {
         *popgym_ppo(250_000, ["none", "lru", "mingru", "lru mingru", "lru lru mingru"], ONE_EACH, FEW),
         *popgym_ppo(1_000_000, ["lru mingru"], FOUR_EACH, ONE_EACH),
         *popgym_ppo(1_000_000, ["lru lru mingru"], FOUR_EACH, ONE_EACH, LONG_MEMORY),
+        dict(script=[PPO], task=dict.fromkeys(HIDDEN, 1_000_000), memory=["mingru"]),
         dict(script=[PPO], task=dict.fromkeys(PREDICTION, 1_000_000), memory=["lru"])
         | dict(flags=[*IMMEDIATE, *FOUR_EACH]),
-        dict(script=[TBB], task=dict.fromkeys(DISCRETE, 100_000), memory=["lru mingru"]),
+        dict(script=[TBB], task=dict.fromkeys([*CARTPOLES, *PREDICTION], 100_000), memory=["lru mingru"]),
+        dict(script=[TBB], task=dict.fromkeys([*MINES, *BANDITS, *GAMES], 100_000), memory=["lru mingru"])
+        | dict(flags=HALVED),
         *popgym_recurrent_ppo(250_000, [*MORE_TASKS, *EASY_GAMES, *CONTROL]),
     ],
     "sac": [
