@@ -89,6 +89,7 @@ FEW = ["--num-envs", "4", "--num-minibatches", "4"]  # likewise, but four times 
 MANY = ["--num-envs", "128"]  # where episodes have a handful of steps
 FOUR_EACH = ["--num-envs", "64", "--num-minibatches", "16", "--learning-rate", "5e-4"]  # for longer runs
 FRESH = ["--num-envs", "1", "--train-frequency", "5"]  # episodes of 1,000 steps: the policy changes after each
+RARE_UPDATES = ["--train-frequency", "100"]  # of DQN, which otherwise learns random rewards by heart
 SHORT_MEMORY = ["--memory-kwargs", "horizon", "2", "num_layers", "1"]  # enough for velocities: see sac.md
 LONG_MEMORY = ["--memory-kwargs", "horizon", "10000"]  # for episodes of up to 831 steps
 LONG = [*SMALL, "--batch-size", "1000", "--train-frequency", "50"]  # for episodes of 104 and 156 steps
@@ -185,7 +186,9 @@ EXPERIMENTS = {
         dict(script=[PPO], task=dict.fromkeys(HIDDEN, 1_000_000), memory=["mingru"]),
         dict(script=[PPO], task=dict.fromkeys(PREDICTION, 1_000_000), memory=["lru"])
         | dict(flags=[*IMMEDIATE, *FOUR_EACH]),
-        dict(script=[TBB], task=dict.fromkeys([*CARTPOLES, *PREDICTION], 100_000), memory=["lru mingru"]),
+        dict(script=[TBB], task=dict.fromkeys(CARTPOLES, 100_000), memory=["lru mingru"]),
+        dict(script=[TBB], task=dict.fromkeys(PREDICTION, 100_000), memory=["lru mingru"])
+        | dict(flags=[*IMMEDIATE, *RARE_UPDATES]),
         dict(script=[TBB], task=dict.fromkeys([*MINES, *BANDITS, *GAMES], 100_000), memory=["lru mingru"])
         | dict(flags=HALVED),
         *popgym_recurrent_ppo(250_000, [*MORE_TASKS, *EASY_GAMES, *CONTROL]),
