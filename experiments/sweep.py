@@ -186,9 +186,9 @@ EXPERIMENTS = {
         dict(script=[PPO], task=dict.fromkeys(HIDDEN, 1_000_000), memory=["mingru"]),
         dict(script=[PPO], task=dict.fromkeys(PREDICTION, 1_000_000), memory=["lru"])
         | dict(flags=[*IMMEDIATE, *FOUR_EACH]),
-        dict(script=[TBB], task=dict.fromkeys(CARTPOLES, 100_000), memory=["lru mingru"]),
         dict(script=[TBB], task=dict.fromkeys(PREDICTION, 100_000), memory=["lru mingru"])
         | dict(flags=[*IMMEDIATE, *RARE_UPDATES]),
+        dict(script=[TBB], task=dict.fromkeys(CARTPOLES, 100_000), memory=["lru mingru"]),
         dict(script=[TBB], task=dict.fromkeys([*MINES, *BANDITS, *GAMES], 100_000), memory=["lru mingru"])
         | dict(flags=HALVED),
         *popgym_recurrent_ppo(250_000, [*MORE_TASKS, *EASY_GAMES, *CONTROL]),

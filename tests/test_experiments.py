@@ -545,7 +545,7 @@ def test_popgym_plays_every_task_seed_by_seed(sweep):
     import plot
 
     runs = sweep.runs_of("popgym", [1, 2])
-    assert len(runs) == len(set(runs)) == 2 * (42 * 7 + 15 + 36 + 11)
+    assert len(runs) == len(set(runs)) == 2 * (42 * 7 + 15 + 15 + 36 + 11)
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert {run.task for run in runs} == set(plot.POPGYM) and len(plot.POPGYM) == 42
     published = plot.read(SWEEP.with_name("popgym_published.csv"))
