@@ -58,6 +58,7 @@ IN_README += ["MultiarmedBanditEasy", "PositionOnlyCartPoleHard", "NoisyPosition
 IN_README += ["PositionOnlyPendulumEasy"]
 NOT_IN_README = ["ppo_tbb, LRU + minGRU, 1,000,000 steps", "ppo_tbb, LRU + LRU + minGRU, 250,000 steps"]
 NOT_IN_README += ["by", "after steps", "difference"]
+COMPARED = "ppo_tbb, LRU + LRU + minGRU, 1,000,000 steps"  # with published returns
 
 SERIES = ["step", "seconds", "eval_return", "padding"]  # columns with a number an evaluation
 SCORES = {  # of a run
@@ -526,7 +527,7 @@ def mujoco(runs, folder):
 
 
 def popgym(runs, folder):
-    """All tasks, played or not, beside the best published return; `difference` is that to it of the best of ours.
+    """All tasks, played or not, beside the best published return; `difference` is that of COMPARED to it.
 
     The memories that repeat one cell have a table of their own.
     """
@@ -548,8 +549,8 @@ def popgym(runs, folder):
         if best := published.get(task):
             row |= {"best published": best["return"], "by": f"{best['method']} ({best['measure']})"}
             row |= {"after steps": f"{int(best['steps']):,}"}
-            if ours := [row[name][0] for name in labels if row[name] and not name.startswith("recurrent_ppo")]:
-                row["difference"] = max(ours) - float(best["return"])
+            if ours := row.get(COMPARED):
+                row["difference"] = ours[0] - float(best["return"])
         table.append(row)
     one_cell = [name for name in labels if re.search(", (LRU|minGRU),", name)]
     others = [{column: x for column, x in row.items() if column not in one_cell} for row in table]
