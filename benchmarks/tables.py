@@ -18,7 +18,7 @@ KIB = {"peak KiB per row": "peak KiB a row"}
 UPDATE = {"script": "update", "--memory": "memory", "rows": "rows", **MS, "times `lru`": "x lru", **KIB}
 TAPES = {"--memory": "memory", "transitions": "transitions", **MS, "times `lru`": "x lru", "µs per row": "us a row"}
 TAPES |= KIB
-GPU = {"script": "update", "--memory": "memory", "transitions": "transitions", **MS, "times `lru`": "x lru"}
+GPU = {"script": "update", "--memory": "memory", "transitions": "transitions", "ms": "ms", "times `lru`": "x lru"}
 AUTHORS = {"update": "update", "transitions": "transitions", "threads": "threads", **MS, "times ours": "x lru", **KIB}
 SIZE = {"episodes": "episodes", "longest": "up to", "rows": "rows"}
 RUNS = {"script": "what", "--memory": "memory", "steps": "steps", "s": "seconds", "steps/s": "steps a second"}
@@ -38,7 +38,6 @@ TABLES = {  # name: (CSV, {heading: column}, which rows, the column to show for 
     "ppo": ("ppo", PPO, lambda row: True, None),
     "scan_gpu": ("scan_gpu", {"T x channels": "T x C"}, lambda row: True, "f+b ms"),
     "update_gpu": ("update_gpu", GPU, lambda row: row["update"].startswith("dqn_tbb"), None),
-    "returns_gpu": ("returns_gpu", SIZE, lambda row: row["what"] == "returns", "ms"),
 }
 
 
