@@ -43,7 +43,9 @@ class Monoid:
         raise NotImplementedError
 
     def op(self, left, right):
-        """left • right, elementwise over the leading dimensions; `left` is the earlier in time. Not in place."""
+        """left • right, elementwise over the leading dimensions, maybe over no rows; `left` is the earlier in time. Not
+        in place.
+        """
         raise NotImplementedError
 
 
@@ -85,7 +87,8 @@ class resettable(Monoid):  # in lower case: it is used as a function from monoid
 
 def _expand(start, x):
     """start (T,) or (T, B) -> with as many dimensions as x (T, B, ...)"""
-    if start.ndim > x.ndim or any(n not in (1, m) for n, m in zip(start.shape, x.shape)):  # it would enlarge x
+    fits = start.shape[:1] == x.shape[:1] and all(n in (1, m) for n, m in zip(start.shape, x.shape))
+    if start.ndim > x.ndim or not fits:
         raise ValueError(f"start or done {tuple(start.shape)} does not fit {tuple(x.shape)}")
     return start.reshape(start.shape + (1,) * (x.ndim - start.ndim))
 
@@ -143,11 +146,12 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
     reverse: h_t = decay_t h_{t+1} + x_t instead
     start:   bool (in other dtypes, nonzero is True), (T,) or (T, B): the leading dimensions of x. h_t = x_t where it is
              True: not even NaN passes from the state before. None: no resets
-    Returns h (T, ...), in the dtype to which decay, x and initial promote. ValueError if T is 0, ValueError or
+    Returns h (T, ...), in the dtype of torch.promote_types of decay, x and initial. ValueError if T is 0, ValueError or
     RuntimeError if shapes do not broadcast.
 
-    Exact where products of decays are finite, as for |decay| <= 1. With initial None it then equals `scan(Affine(),
-    (decay, x))[1]`, with start `scan(resettable(Affine()), ((decay, x), start))[0][1]`.
+    Decays are multiplied over many rows: where such a product overflows, which none does if |decay| <= 1, h may be NaN
+    where a loop over time gives a number. (On a GPU, NaN does not pass a decay of exactly 0 either.) With initial None
+    h equals `scan(Affine(), (decay, x))[1]`, with start `scan(resettable(Affine()), ((decay, x), start))[0][1]`.
     The backward pass is the same recurrence, reversed, and saves only decay and, for its gradient, h, in O(T) memory:
         dL/dx_t = dL/dh_t + conj(decay_{t+1}) dL/dx_{t+1}        dL/ddecay_t = dL/dx_t conj(h_{t-1})
     Works with higher derivatives and with torch.func's grad, jacrev and vmap, not with forward-mode derivatives (jvp)
@@ -164,7 +168,7 @@ def linear_recurrence(decay, x, initial=None, reverse=False, start=None):
 
 class _LinearRecurrence(torch.autograd.Function):
     @classmethod
-    def run(cls, *inputs):  # without a graph no `apply`: its overhead exceeds the recurrence of one row
+    def run(cls, *inputs):  # without gradients no `apply`: for one row it costs more than the recurrence
         transformed = torch._C._are_functorch_transforms_active()  # torch.func
         return cls.apply(*inputs) if torch.is_grad_enabled() or transformed else cls.forward(*inputs)
 
@@ -217,15 +221,15 @@ def discounted_return(gamma, reward, done, next_value=None):
     gamma: the discount, a float or a tensor that broadcasts; reward (T, ...) float; done bool, of the shape of reward
     or its leading dimensions: the episode ended here, terminated or truncated; next_value (T, ...): the value of the
     state that follows, read only where a row is done or the last (None: zero). Pass 0 there for a terminal state.
-    Returns G (T, ...). ValueError or RuntimeError if done or next_value would enlarge reward. Section 4 of the paper.
+    Returns G (T, ...). ValueError or RuntimeError if another argument would enlarge reward. Section 4 of the paper.
     """
     if next_value is not None:
         ends = _expand(done, reward).bool().clone()
         ends[-1:] = True
-        next_value = torch.where(ends, next_value, 0)
-        if torch.broadcast_shapes(next_value.shape, reward.shape) != reward.shape:
-            raise ValueError(f"discounted_return: shapes differ: {next_value.shape} and {reward.shape}")
-        reward = reward + gamma * next_value
+        bootstrap = gamma * torch.where(ends, next_value, 0)
+        if torch.broadcast_shapes(bootstrap.shape, reward.shape) != reward.shape:
+            raise ValueError(f"discounted_return: gamma or next_value, {bootstrap.shape}, would enlarge {reward.shape}")
+        reward = reward + bootstrap
     # backwards in time, an episode starts where it is done
     return linear_recurrence(gamma * reward.new_ones(1), reward, reverse=True, start=done)
 
@@ -241,12 +245,14 @@ def gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
     the episode ended here, terminated or truncated; terminated, likewise: it ended in a terminal state (None: wherever
     done). The last row bootstraps from next_value unless terminated. Returns A (T, ...); the targets of the values,
     lambda-returns, are A + value. ValueError or RuntimeError if the shapes of value, next_value and reward differ or
-    flags would enlarge them.
+    other arguments would enlarge them.
     """
     if not value.shape == next_value.shape == reward.shape:
         raise ValueError(f"gae: shapes differ: {value.shape}, {next_value.shape} and {reward.shape}")
     terminated = _expand(done if terminated is None else terminated, reward).bool()
     delta = reward + gamma * torch.where(terminated, 0, next_value) - value
+    if delta.shape != reward.shape:
+        raise ValueError(f"gae: gamma would enlarge {reward.shape} to {delta.shape}")
     return linear_recurrence(gamma * lmbda * delta.new_ones(1), delta, reverse=True, start=done)
 
 
@@ -257,13 +263,14 @@ def gae(gamma, lmbda, value, next_value, reward, done, terminated=None):
 class Cell(nn.Module):
     """A memory model. Subclasses define how a row is lifted and how the state is read. To add one, put it into CELLS.
 
-    lift(x):       x (T, B, D) -> (decay, b), elements of `Affine`: b (T, B, ...), decay broadcasts to it
+    lift(x):       x (T, B, D) -> (decay, b), arguments of `linear_recurrence`: b (T, B, ...), decay broadcasts to it
     readout(h, x): h (T, B, ...), x (T, B, D) -> y (T, B, D)
     state_shape:   the dimensions of the state, `...` above
     is_complex:    whether the state is complex (then no half precision: PyTorch has no complex bfloat16)
 
     A model of another monoid overrides initial_state and forward, with `scan(resettable(monoid), (elements, start))`
-    over the state as row 0 and the lifted rows after it; or, as the GRU, with a loop.
+    over T + 1 rows, the state, whose start is False, and the lifted rows, and drops the first result; or with a loop,
+    as the GRU.
     """
 
     is_complex = False
@@ -288,8 +295,8 @@ class LRUCell(Cell):
 
     gamma = sqrt(1 - |lambda|^2) initially, which gives the state the variance of its input, and B and C are
     Glorot-initialised. Three things differ from the paper, the last two for delays of thousands of rows:
-    1. States decay to 1/e in min_horizon to horizon rows, log-uniformly. On the paper's ring (Lemma 3.2),
-       depending on its radii, few are slow or few are fast.
+    1. States decay to 1/e in min_horizon to horizon rows, log-uniformly. The paper's ring (Lemma 3.2) is uniform in
+       area: depending on its radii, few are slow or few are fast.
     2. theta is not trained (log theta is, there): a change of 1e-3 turns what was written 1,000 rows ago by a radian.
     3. D begins at 0, not at random: D x_t would drown what a state holds, which is written with a gain of gamma, 0.045
        at a horizon of 1,000.
@@ -326,7 +333,7 @@ class S5Cell(Cell):
     At initialisation Lambda holds the eigenvalues of `blocks` HiPPO-N matrices, B and C are rotated into their
     eigenvectors V (B~ = V* B, C~ = C V), and the time steps Delta, one for each state, are log-uniform, such that
     states decay to 1/e in horizon/100 to horizon rows. Re Lambda = -exp(.) < 0 keeps the state stable on long tapes
-    (Goel et al. 2022, arXiv 2202.09729).
+    (as in S4D, Gu et al. 2022, arXiv 2206.11893).
     """
 
     def __init__(self, d_model, d_state=128, blocks=8, horizon=2000):
@@ -371,8 +378,8 @@ class FFMCell(Cell):
 
     At initialisation exp(-|alpha|) ranges from 1/2 to beta^(1 / horizon), which leaves beta = 1% after `horizon` rows;
     the periods 2 pi / omega range from 1 row to `horizon`. The authors' runs on POPGym have 32 traces with 4 periods
-    (1, 342, 683 and 1,024 rows), with which recent rows are harder to tell apart, and old ones last. The residual block
-    of `Memory` replaces the paper's last step (normalise, gate, skip).
+    (1, 342, 683 and 1,024 rows), with which recent rows are harder to tell apart and old ones are remembered longer.
+    The residual block of `Memory` replaces the paper's last step (normalise, gate, skip).
     """
 
     def __init__(self, d_model, num_traces=4, num_frequencies=32, horizon=64, beta=0.01):
@@ -386,7 +393,7 @@ class FFMCell(Cell):
 
     def lift(self, x):
         decay = torch.exp(-self.alpha.abs()[:, None] + 1j * self.omega)  # (m, c)
-        return decay, F.glu(self.input(x))[..., None].expand(*x.shape[:2], *self.state_shape).to(decay.dtype)
+        return decay, F.glu(self.input(x))[..., None].expand(*x.shape[:2], *self.state_shape)
 
     def readout(self, h, x):
         return self.output(torch.view_as_real(h).flatten(2))
@@ -408,7 +415,7 @@ class LinearTransformerCell(Cell):
         super().__init__()
         if d_key < 2 or d_key % 2:
             raise ValueError(f"linear transformer: d_key ({d_key}) must be even and at least 2")
-        self.state_shape, self.is_complex = (num_heads, d_key // 2, d_value + 1), True  # (S, z), pairs of rows complex
+        self.state_shape, self.is_complex = (num_heads, d_key // 2, d_value + 1), True  # (S, z), complex: two rows each
         self.num_heads = num_heads
         self.query = nn.Linear(d_model, num_heads * d_key)
         self.key = nn.Linear(d_model, num_heads * d_key)
@@ -418,14 +425,18 @@ class LinearTransformerCell(Cell):
         omega = math.pi * torch.arange(1, pairs + 1).reshape(-1, num_heads).T / pairs
         self.register_buffer("omega", F.pad(omega[..., None].repeat(1, 1, d_value), (0, 1)))  # state_shape
 
+    @staticmethod
+    def phi(x):  # elu(x) + 1, computed so that it does not round to 0 where x is far below 0: 0 / 0 would be NaN
+        return F.relu(x) + torch.exp(x.clamp(max=0))
+
     def lift(self, x):
-        k = F.elu(self.key(x).to(self.key.weight.dtype)) + 1
-        k = torch.view_as_complex(k.unflatten(-1, (self.num_heads, -1, 2)))  # pairs
+        k = self.phi(self.key(x).to(self.key.weight.dtype)).unflatten(-1, (self.num_heads, -1, 2))
+        k = torch.view_as_complex(k)  # (T, B, heads, d_key / 2)
         v = F.pad(self.value(x).unflatten(-1, (self.num_heads, -1)), (0, 1), value=1.0)  # (T, B, heads, d_value + 1)
         return torch.exp(-1j * self.omega), k[..., :, None] * v[..., None, :]
 
     def readout(self, h, x):
-        q = (F.elu(self.query(x)) + 1).unflatten(-1, (self.num_heads, 1, -1))  # (T, B, heads, 1, d_key)
+        q = self.phi(self.query(x)).unflatten(-1, (self.num_heads, 1, -1))  # (T, B, heads, 1, d_key)
         h = torch.view_as_real(h).transpose(-1, -2).flatten(-3, -2)  # (T, B, heads, d_key, d_value + 1)
         y = (q @ h).squeeze(-2)  # (T, B, heads, d_value + 1)
         return self.output((y[..., :-1] / y[..., -1:]).flatten(2))
@@ -458,8 +469,8 @@ class MinGRUCell(Cell):
 
 
 class GRUCell(nn.Module):
-    """`torch.nn.GRU`, a baseline that is not a monoid: a loop over time, as long as the longest episode. It pads the
-    others to that length, so memory is O(longest episode x number of episodes).
+    """`torch.nn.GRU`, a baseline that is not a monoid: it loops over as many time steps as the longest episode has,
+    and pads the others to that length, so memory is O(longest episode x number of episodes).
     """
 
     def __init__(self, d_model, d_state=128):
@@ -487,7 +498,7 @@ class GRUCell(nn.Module):
 
 
 class Memory(nn.Module):
-    """A stack of cells, each in a residual block, gated as in S5 and LRU; norms before and after the cell:
+    """A stack of cells, each in a residual block with a GLU, as in LRU, and norms before and after the cell:
 
         x <- x + GLU(W gelu(norm(cell(norm(x)))))
 
@@ -498,8 +509,8 @@ class Memory(nn.Module):
         (T, B, d_model), the state after row T-1. A row whose start is True sees the initial state instead of what came
         before it, NaN included. All rows at once, one row at a time with the state carried over, or any other split
         give the same y. Raises ValueError if the shape of start or the state's batch size or number of layers is wrong.
-    Mixed precision: torch.autocast to bfloat16. Parameters in bfloat16 cannot express decays near 1, and in float16 the
-        sums of the linear transformer overflow after some 3,000 rows.
+    Mixed precision: torch.autocast to bfloat16, not to float16, in which products with the linear transformer's sums
+        overflow after a thousand rows or two. Parameters in bfloat16 cannot express decays near 1.
     """
 
     def __init__(self, d_model, cells):
@@ -517,10 +528,9 @@ class Memory(nn.Module):
         if start.shape != x.shape[:2]:
             raise ValueError(f"memory: start must be {tuple(x.shape[:2])}, not {tuple(start.shape)}")
         start, after = start.bool(), []
-        norms = self.norms[::2], self.norms[1::2]
-        for cell, norm, norm2, gate, h in zip(self.cells, *norms, self.gates, state, strict=True):
-            y, h = cell(norm(x), h, start)
-            x = x + F.glu(gate(F.gelu(norm2(y))))
+        for i, (cell, gate, h) in enumerate(zip(self.cells, self.gates, state)):
+            y, h = cell(self.norms[2 * i](x), h, start)
+            x = x + F.glu(gate(F.gelu(self.norms[2 * i + 1](y))))
             after.append(h)
         return x, tuple(after)
 
@@ -530,7 +540,10 @@ CELLS |= {"mingru": MinGRUCell, "gru": GRUCell}
 
 
 def make_memory(names, d_model, num_layers=None, **sizes):
-    """num_layers layers (None: 2) of a single name, or a layer of each of several (keys of MEMORIES); or ValueError."""
+    """A Memory with num_layers (None: 2) layers of a single name, or one layer of each of several (keys of MEMORIES).
+
+    ValueError if num_layers is below 1 or given with several names, or a size is not finite.
+    """
     if num_layers is not None and (num_layers < 1 or len(names) > 1):
         raise ValueError("num_layers: at least 1, and of a single memory")
     if not all(map(math.isfinite, sizes.values())):

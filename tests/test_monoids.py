@@ -432,11 +432,9 @@ def test_first_decay_affects_no_gradient_of_x(T, reverse, kind, bad):
     assert_close(*(torch.autograd.grad(h.real.sum(), x)[0] for h in outputs))
 
 
-@pytest.mark.parametrize("shape", [(1,), (1, 2), (9, 1)], ids=str)
-def test_starts_broadcast(shape):
-    inputs, start = affine(9, 2), starts(*shape)
-    wide = start.reshape(*shape, *[1] * (2 - len(shape))).expand(9, 2)
-    h = [linear_recurrence(*inputs, start=x) for x in (start, wide)]
+def test_starts_broadcast():
+    inputs, start = affine(9, 2), starts(9, 1)
+    h = [linear_recurrence(*inputs, start=x) for x in (start, start.expand(9, 2))]
     assert_close(*h)
     assert_close(*(torch.autograd.grad(y.sin().sum(), inputs) for y in h))
 
@@ -453,6 +451,9 @@ def test_recurrence_refuses_shapes_that_do_not_fit():
     for decay, initial in [((4,), (3,)), ((4, 3), (3,)), ((3,), (4,)), ((5, 1, 3), (3,)), ((3,), (1, 3))]:
         with pytest.raises(RuntimeError):
             linear_recurrence(torch.ones(decay), torch.ones(5, 3), torch.ones(initial))
+    for shape in (1,), (4,), (1, 3), (5, 2), (5, 3, 1):
+        with pytest.raises(ValueError, match="does not fit"):
+            linear_recurrence(torch.ones(3), torch.ones(5, 3), start=torch.zeros(shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
@@ -557,8 +558,12 @@ def test_shapes_that_differ_are_refused():
     with refused(match="shapes differ"):
         gae(0.9, 0.8, wide, wide, flat, flat)
     for reward, next_value in (flat, wide), (wide, flat):
-        with refused(match="shapes differ"):
+        with refused(match="would enlarge"):
             discounted_return(0.9, reward, flat, next_value)
+    with refused(match="would enlarge"):
+        discounted_return(wide, flat, flat, flat)
+    with refused(match="would enlarge"):
+        gae(wide, 0.8, flat, flat, flat, flat)
     for x, done, terminated in (flat, wide, None), (flat, flat, wide), (flat, wide, flat), (wide, wider, None):
         with refused(match="does not fit"):
             gae(0.9, 0.8, x, x, x, done, terminated)
@@ -1173,3 +1178,12 @@ def test_gru_equals_torch_gru():
         h = cell.gru(x_t[None], torch.where(start_t[:, None], 0, h)[None])[1][0]
         y.append(cell.output(h))
     same(cell(x, state, start), (torch.stack(y), h), [x, state, *cell.parameters()])
+
+
+def test_linear_transformer_far_below_zero():
+    """In float32 elu(-18) + 1 is 0, and a mean with weights that are all 0 is NaN."""
+    cell = monoids.LinearTransformerCell(D)
+    torch.nn.init.constant_(cell.query.bias, -18)
+    x = torch.zeros(5, 3, D)
+    y, expected = run(cell, x), run(copy.deepcopy(cell).double(), x.double())
+    assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
