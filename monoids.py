@@ -542,10 +542,12 @@ CELLS |= {"mingru": MinGRUCell, "gru": GRUCell}
 def make_memory(names, d_model, num_layers=None, **sizes):
     """A Memory with num_layers (None: 2) layers of a single name, or one layer of each of several (keys of MEMORIES).
 
-    ValueError if num_layers is below 1 or given with several names, or a size is not finite.
+    ValueError if num_layers is below 1 or given with several names, or a size is not finite or of no memory.
     """
     if num_layers is not None and (num_layers < 1 or len(names) > 1):
         raise ValueError("num_layers: at least 1, and of a single memory")
+    if sizes and "none" in names:
+        raise ValueError(f"none has no sizes: {sizes}")
     if not all(map(math.isfinite, sizes.values())):
         raise ValueError(f"sizes of a memory must be finite: {sizes}")
     names = names * (num_layers or 2) if len(names) == 1 else names

@@ -660,6 +660,9 @@ def test_make_memory():
     for names, num_layers in [(["lru"], 0), (["lru", "mingru"], 2)]:
         with pytest.raises(ValueError, match="num_layers"):
             make_memory(names, D, num_layers=num_layers)
+    for names in ["none"], ["lru", "none"]:
+        with pytest.raises(ValueError, match="none has no sizes"):
+            make_memory(names, D, horizon=5)
     assert kinds("lru", "mingru", "lru") == [monoids.LRUCell, monoids.MinGRUCell, monoids.LRUCell]
     with pytest.raises(KeyError):
         make_memory(["lru", "lsd"], D)

@@ -488,8 +488,9 @@ def test_environments_of_the_pages(page, module, env_id, script, play, tmp_path,
 
 def test_info_of_changing_shapes_is_left_out(play, monkeypatch):
     """By the page's wrapper, without which the run ends in an exception of Gymnasium."""
-    code = re.search(r"```python\n(class NoInfo.*?)```", RECIPES.joinpath("README.md").read_text(), re.S)[1]
-    exec(code, names := {"gym": gym})
+    page = RECIPES.joinpath("README.md").read_text()
+    code = re.search(r"```python\n([^`]*class NoInfo.*?)```", page, re.S)[1]
+    exec(code, names := {})
     trouble = lambda obs, *rest: (obs, *rest[:-1], {"legal": np.arange(2 + obs[0])})
     monkeypatch.setattr(Lengths, "trouble", staticmethod(trouble))
     gym.register("NoInfo-v0", lambda: names["NoInfo"](Lengths()))

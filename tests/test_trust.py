@@ -302,6 +302,7 @@ def test_memory_kwargs_reach_the_memory_and_its_checkpoint(script, play, tmp_pat
         assert_refused(play(script, *flags(script), "--memory-kwargs", *wrong.split()))
     assert_refused(play(script, *flags(script), *"--memory-kwargs min_horizon 5000".split()), "must not exceed horizon")
     assert_refused(play(script, *flags(script), *"--memory s5 --memory-kwargs blocks 0".split()))
+    assert_refused(play(script, *flags(script), *"--memory none --memory-kwargs horizon 5".split()), "none has no")
     assert not [*tmp_path.iterdir()]
     play(script, *flags(script), *"--memory-kwargs horizon 5000 d_state 12 num_layers 1".split())
     path = checkpoint_of(tmp_path)
