@@ -345,7 +345,7 @@ if __name__ == "__main__":
         print(f"return: mean {eval_return:.4f}, standard deviation {returns.std():.4f}")
     else:
         writer.add_text("hyperparameters", "  \n".join(f"{key}: {value}" for key, value in vars(args).items()))
-        print(f"step {global_step:,} of {args.total_timesteps:,}; tensorboard --logdir {writer.log_dir}", flush=True)
+        print(f"from step {global_step:,} (Ctrl-C saves and stops); tensorboard --logdir {writer.log_dir}", flush=True)
     start_time, shown, signals = time.time() - seconds, time.time(), []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the iteration, a second one stops at once
         signal.signal(number, lambda n, frame: sys.exit(128 + n) if signals else signals.append(n))
