@@ -3,9 +3,10 @@
     python experiments/recurrent_ppo.py --env-id popgym-RepeatPreviousMedium-v0 --total-timesteps 250000
 
 Batches of 512 and 4 epochs; all else that is not an argument here is its default. Observations are flattened, because
-it takes no tuples; with --previous-action they include the previous action, as in the scripts here. Tags in
-TensorBoard: charts/eval_return (greedy episodes on a fresh environment) and charts/episodic_return (the last 100
-training episodes).
+it takes no tuples. With --like-ppo-tbb they include the previous action, rewards are divided by the standard deviation
+of returns (VecNormalize), and the learning rate, its annealing and the entropy coefficient are the defaults of
+ppo_tbb.py. Tags in TensorBoard: charts/eval_return (greedy episodes on a fresh environment) and charts/episodic_return
+(the last 100 training episodes); both are of unscaled rewards.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -78,19 +80,22 @@ if __name__ == "__main__":
     parser.add_argument("--total-timesteps", type=int, default=250_000)
     parser.add_argument("--gamma", type=float, default=0.99)
     parser.add_argument("--gae-lambda", type=float, default=0.95)
-    parser.add_argument("--previous-action", action="store_true")
+    parser.add_argument("--like-ppo-tbb", action="store_true")
     parser.add_argument("--num-envs", type=int, default=16)
     parser.add_argument("--num-steps", type=int, default=128)
     parser.add_argument("--eval-frequency", type=int, default=10_000)
     parser.add_argument("--eval-episodes", type=int, default=32)
     args = parser.parse_args()
     flatten = gym.wrappers.FlattenObservation
-    wrapper = (lambda env: PreviousAction(flatten(env))) if args.previous_action else flatten
+    wrapper = (lambda env: PreviousAction(flatten(env))) if args.like_ppo_tbb else flatten
     make_envs = partial(make_vec_env, args.env_id, wrapper_class=wrapper)
     envs = make_envs(args.num_envs, args.seed)
     callback = Evaluate(make_envs(args.eval_episodes, args.seed + 1_000_000), args)
     sizes = dict(n_steps=args.num_steps, batch_size=512, n_epochs=4)  # with these it solves Easy: benchmarks/ppo.py
     kwargs = sizes | dict(gamma=args.gamma, gae_lambda=args.gae_lambda, seed=args.seed)
+    if args.like_ppo_tbb:
+        envs = VecNormalize(envs, norm_obs=False, gamma=args.gamma)
+        kwargs |= dict(learning_rate=lambda remaining: 1e-3 * remaining, ent_coef=0.01)
     model = RecurrentPPO("MlpLstmPolicy", envs, **kwargs, device="cpu")
     start_time = time.time()
     model.learn(args.total_timesteps, callback)

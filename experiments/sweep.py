@@ -131,10 +131,10 @@ def popgym_ppo(steps, memory, prediction, bandits, first=()):
 
 
 def popgym_recurrent_ppo(steps, tasks):
-    """RecurrentPPO, with the inputs, discounts and lambdas of ppo_tbb.py."""
+    """RecurrentPPO, with the inputs, scale of rewards, learning rate, entropy, discounts and lambdas of ppo_tbb.py."""
     families = [(HIDDEN, []), (PREDICTION, IMMEDIATE), (MINES, SHORT), (GAMES, SHORTER)]
     return [
-        dict(script=[RECURRENT_PPO], flags=["--previous-action", *flags])
+        dict(script=[RECURRENT_PPO], flags=["--like-ppo-tbb", *flags])
         | dict(task={task: steps for task in family if task in tasks})
         for family, flags in families
     ]

@@ -388,8 +388,20 @@ def test_recurrent_ppo_gets_its_arguments(made):
     assert kwargs == dict(gamma=0.5, gae_lambda=0.8, seed=3, n_steps=7, batch_size=512, n_epochs=4, device="cpu")
     assert envs._seeds == [3, 4] and callback.envs._seeds == [1_000_003 + i for i in range(4)]
     assert envs.observation_space.shape == (4,)
-    envs, _, callback = made("recurrent_ppo", *argv.split(), "--previous-action")
+    assert not hasattr(envs, "norm_reward")
+
+
+def test_recurrent_ppo_like_ppo_tbb(made):
+    """Rewards are normalised, observations and evaluations are not."""
+    import ppo_tbb
+
+    argv = "--env-id CartPole-v1 --seed 3 --gamma 0 --num-envs 2 --eval-episodes 4 --like-ppo-tbb"
+    envs, kwargs, callback = made("recurrent_ppo", *argv.split())
     assert envs.observation_space.shape == callback.envs.observation_space.shape == (6,)
+    rate, defaults = kwargs["learning_rate"], ppo_tbb.Args()
+    assert [rate(1), rate(0.5), rate(0)] == [defaults.learning_rate, defaults.learning_rate / 2, 0]
+    assert kwargs["ent_coef"] == defaults.ent_coef
+    assert envs.norm_reward and not envs.norm_obs and envs.gamma == 0 and not hasattr(callback.envs, "norm_reward")
 
 
 @pytest.mark.parametrize("task", ["PositionOnlyPendulumEasy", "RepeatPreviousEasy", "BattleshipEasy"])
