@@ -415,7 +415,7 @@ class LinearTransformerCell(Cell):
         super().__init__()
         if d_key < 2 or d_key % 2:
             raise ValueError(f"linear transformer: d_key ({d_key}) must be even and at least 2")
-        self.state_shape, self.is_complex = (num_heads, d_key // 2, d_value + 1), True  # (S, z), complex: two rows each
+        self.state_shape, self.is_complex = (num_heads, d_key // 2, d_value + 1), True  # (S, z) in complex pairs
         self.num_heads = num_heads
         self.query = nn.Linear(d_model, num_heads * d_key)
         self.key = nn.Linear(d_model, num_heads * d_key)
@@ -510,7 +510,7 @@ class Memory(nn.Module):
         before it, NaN included. All rows at once, one row at a time with the state carried over, or any other split
         give the same y. Raises ValueError if the shape of start or the state's batch size or number of layers is wrong.
     Mixed precision: torch.autocast to bfloat16, not to float16, in which products with the linear transformer's sums
-        overflow after a thousand rows or two. Parameters in bfloat16 cannot express decays near 1.
+        overflow after some 1,500 rows. Parameters in bfloat16 cannot express decays near 1.
     """
 
     def __init__(self, d_model, cells):
@@ -542,7 +542,8 @@ CELLS |= {"mingru": MinGRUCell, "gru": GRUCell}
 def make_memory(names, d_model, num_layers=None, **sizes):
     """A Memory with num_layers (None: 2) layers of a single name, or one layer of each of several (keys of MEMORIES).
 
-    ValueError if num_layers is below 1 or given with several names, or a size is not finite or of no memory.
+    ValueError if num_layers is below 1 or given with several names, if a size is not finite, or if "none" is given
+    sizes.
     """
     if num_layers is not None and (num_layers < 1 or len(names) > 1):
         raise ValueError("num_layers: at least 1, and of a single memory")

@@ -87,7 +87,7 @@ class Args:
     memory: tuple[Literal[*MEMORIES], ...] = ("lru",)
     """the memory model: one name for two layers of it, several for one layer of each, in that order"""
     memory_kwargs: dict[str, int | float] = field(default_factory=dict)
-    """arguments of every layer (see its class in monoids.py): horizon 100000 d_state 64; of a single memory num_layers"""
+    """arguments of each layer (see its class in monoids.py), such as horizon 100000 d_state 64, and num_layers"""
     d_model: int = 128
     """the width of the network"""
     previous_action: bool = True
