@@ -63,7 +63,7 @@ class Args:
     anneal_lr: bool = True
     """whether to anneal the learning rate linearly to zero"""
     buffer_size: int = 200_000
-    """transitions in the buffer, padding included; the oldest segments are overwritten"""
+    """transitions in the buffer, padding included; the oldest segments are overwritten; cannot change on --resume"""
     gamma: float = 0.99
     """the discount factor gamma"""
     tau: float = 0.2
@@ -144,7 +144,7 @@ def make_envs(args, num_envs, video=False):
         makers = [partial(make_env, index) for index in range(num_envs)]
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     except Exception as error:  # an environment can raise anything
-        hint = "an id may name its module, module:MyEnv-v0; observations of other spaces need an ObservationWrapper"
+        hint = "an id may name its module, module:MyEnv-v0; other spaces need an ObservationWrapper or ActionWrapper"
         fail(f"--env-id {args.env_id}: {type(error).__name__}: {' '.join(str(error).split())} ({hint})")
 
 
@@ -257,12 +257,12 @@ class Segments:
         return rows, t < transitions, (burn_in <= t) & (t < transitions)
 
     def state_dict(self):
-        return {"rows": [x[: self.end].clone() for x in self.rows], "index": self.index, "end": self.end}
+        return {"rows": [x[: self.end].clone() for x in self.rows], "index": [*self.index], "end": self.end}
 
     def load_state_dict(self, state):
         for ring, x in zip(self.rows, state["rows"], strict=True):
             ring[: state["end"]] = x
-        self.index, self.end = state["index"], state["end"]
+        self.index, self.end = [*state["index"]], state["end"]
 
 
 def update(q_network, target_network, optimizer, batch, args):
@@ -311,7 +311,9 @@ if __name__ == "__main__":
                 fail(f"{path} imports a module: add --env-id {defaults.env_id} if you trust it")
             args = tyro.cli(Args, description=__doc__, default=replace(defaults, env_kwargs={}, memory_kwargs={}))
             args.env_kwargs = defaults.env_kwargs | args.env_kwargs  # the command line may change some of them
-            args.memory_kwargs = defaults.memory_kwargs | args.memory_kwargs
+            if not args.memory_kwargs.items() <= defaults.memory_kwargs.items():
+                fail(f"{path} was made with --memory-kwargs {defaults.memory_kwargs}, which cannot change")
+            args.memory_kwargs = defaults.memory_kwargs
         args.check()
     except Exception as error:  # a damaged file can raise anything
         fail(f"{path!r} is not a complete checkpoint of {script} ({type(error).__name__})")
@@ -329,7 +331,7 @@ if __name__ == "__main__":
         buffer = Segments(args, envs, device)
         learners = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "buffer": buffer}
         for name, learner in (learners.items() if saved else ()):
-            learner.load_state_dict(saved["learners"][name])
+            learner.load_state_dict(saved["learners"].pop(name))  # frees the copy
         counters = saved["counters"] if saved else (0, 0, args.learning_starts, np.nan, 0)
         iteration, global_step, next_update, eval_return, seconds = counters
         if not args.evaluate:  # purge_step: what was logged after the checkpoint does not count twice
@@ -379,13 +381,11 @@ if __name__ == "__main__":
                 writer.flush()
                 counters = (iteration, global_step, next_update, eval_return, seconds)
                 checkpoint = {"script": script, "args": vars(args) | {"resume": None}, "counters": counters}
-                checkpoint["learners"] = {name: learner.state_dict() for name, learner in learners.items()}
                 with open(f"{path}.tmp", "wb") as file:
-                    torch.save(checkpoint, file)
+                    torch.save(checkpoint | {"learners": {name: x.state_dict() for name, x in learners.items()}}, file)
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(f"{path}.tmp", path)
-                checkpoint = saved = None  # copies of all that is learned and stored
         except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
             fail(f"{path}: {str(error).splitlines()[0]}; the checkpoint before it is unchanged")
         if time.time() > shown + 1:  # after saving: with `| tee`, Ctrl-C has closed stdout

@@ -205,10 +205,12 @@ def test_buffer_is_restored_from_its_state(script, more):
         before, after = (make_buffer(script, buffer_size=100, **more) for _ in range(2))
         for name in range(episodes):
             before.add(make_episode(rng, int(rng.integers(1, 20)), name))
-        state = copy.deepcopy(before.state_dict())
+        state = before.state_dict()
+        saved = copy.deepcopy(state)
         after.load_state_dict(state)
         for buffer in (before, after):
             buffer.add(make_episode(np.random.default_rng(1), 9))
+        torch.testing.assert_close(state, saved, rtol=0, atol=0)  # a copy, which later episodes do not change
         batches = [buffer.sample(50, np.random.default_rng(2)) for buffer in (before, after)]
         torch.testing.assert_close(*batches, rtol=0, atol=0)
     for size in (50, 200):  # positions on a full ring depend on its size
@@ -444,7 +446,7 @@ ACTOR = [
     ("    obs: torch.Tensor", "    reward: torch.Tensor"),
     ("    return [Rows(", "class Tape:"),  # network
     ("    def __init__(self, args, envs, device)", "        self.rows = Rows("),  # actions
-    ('        self.index, self.end = state["index"]', 'if __name__ == "__main__":'),  # update
+    ('        self.index, self.end = [*state["index"]]', 'if __name__ == "__main__":'),  # update
     ("        q_network = ", "        for name, learner in"),
     ('        fail(f"{path if saved', "    if finished := "),
     ("    if finished := ", "        eval_envs.close()"),

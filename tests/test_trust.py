@@ -310,8 +310,9 @@ def test_memory_kwargs_reach_the_memory_and_its_checkpoint(script, play, tmp_pat
     name = next(name for name in checkpoint["learners"] if name != "optimizer")
     states = [x.shape for key, x in checkpoint["learners"][name].items() if "nu_log" in key]
     assert states == [(12,)] and checkpoint["args"]["memory_kwargs"]["horizon"] == 5000
-    assert play(script, "--evaluate", path, "--memory-kwargs", "horizon", 7)[0] == 0  # the others stay
-    assert_refused(play(script, "--evaluate", path, "--memory-kwargs", "d_state", 13), str(path))
+    assert play(script, "--evaluate", path, "--memory-kwargs", "horizon", 5000)[0] == 0
+    for other in ("horizon 7", "d_state 13", "min_horizon 2"):  # the decays are those that were saved
+        assert_refused(play(script, "--evaluate", path, "--memory-kwargs", *other.split()), "cannot change")
 
 
 @pytest.mark.parametrize("script", [dqn_tbb, dqn_sbb])
