@@ -70,7 +70,7 @@ LINES += [("#888888", (0, (6, 1)), "v"), ("#aa4499", (0, (1, 1)), "P")]
 LINES += [("#d4a000", "-", "X"), ("#66bbee", "--", "*"), ("#661100", "-.", "p"), ("#cc3377", (0, (3, 1, 1, 1)), "d")]
 LINES += [("#7a9900", (0, (8, 2)), "<")]
 BARS = [("black", ""), ("#bbbbbb", "//"), ("white", ".."), ("#777777", "xx"), ("white", "\\\\"), ("white", "")]
-BARS += [("#777777", ""), ("#bbbbbb", "++")]
+BARS += [("#777777", ""), ("#bbbbbb", "++"), ("white", "oo")]
 SPREAD = "mean and 95% bootstrap interval"
 
 
@@ -566,7 +566,9 @@ def popgym(runs, folder):
 
 
 def aggregate(runs, labels, folder):
-    """Interquartile means over the most tasks a script has played with one memory, for all that have played these."""
+    """Interquartile means over the most tasks a script has played with one memory, and over the tasks of control among
+    them, for all that have played these.
+    """
     even = []  # of seeds with which a method has played all its tasks, so that no task weighs more than others
     for some in grouped(runs, "label").values():
         played = [set(unique(own, "seed")) for own in grouped(some, "task").values()]
@@ -579,6 +581,9 @@ def aggregate(runs, labels, folder):
         shared[f"{len(common)} tasks of {script}"] = common
     if not shared:
         return
+    control = {task for task in POPGYM if "Only" in task}
+    if any(control <= common for common in shared.values()):
+        shared[f"{len(control)} tasks of control"] = control
     series = {name: [] for name in labels if any(common <= tasks[name] for common in shared.values())}
     for name, (group, common) in itertools.product(series, shared.items()):
         own = [run for run in even if run["label"] == name and run["task"] in common]

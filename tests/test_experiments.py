@@ -687,6 +687,24 @@ def test_seeds_that_not_all_tasks_have_do_not_count(sweep, tmp_path):
     assert expected in page.read_text() and "Seeds 1." in page.read_text()
 
 
+def test_control_has_an_aggregate_of_its_own(sweep, tmp_path):
+    """Once a memory has played all its tasks; one that has played nothing else has no other."""
+    import plot
+
+    page, control = tmp_path / "popgym.md", [task for task in plot.POPGYM if "Only" in task]
+    for played, shown in (control[1:], False), (control, True):
+        with open(tmp_path / "popgym.csv", "w") as file:
+            for task, memory in [(task, "mingru") for task in played] + [(task, "lru") for task in plot.POPGYM]:
+                columns = sweep.Run("ppo_tbb.py", task, memory, total_timesteps=2000).columns
+                x = 1.0 if memory == "mingru" else plot.POPGYM[task]
+                sweep.append(file, [columns | dict(step=step, seconds=1, eval_return=x) for step in (1, 2000)])
+        page.write_text("<!-- table: popgym_aggregate -->\n<!-- end -->\n")
+        plot.popgym(plot.runs_of(plot.read(tmp_path / "popgym.csv")), tmp_path)
+        assert "| method | 42 tasks of ppo_tbb | 15 tasks of control |" in page.read_text()
+        assert "| ppo_tbb, LRU, 2,000 steps | 0.00 | 0.00 |" in page.read_text()
+        assert ("| ppo_tbb, minGRU, 2,000 steps |  | 1.00 |" in page.read_text()) == shown
+
+
 def test_best_and_worst_segment_length(sweep, tmp_path):
     """Larger batches stand beside them, and are not the best."""
     import plot
